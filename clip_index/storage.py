@@ -1,0 +1,294 @@
+"""Any path, local or remote, through fsspec: list, read, write atomically.
+
+Paths are strings: a local path, or a URL that fsspec knows (`s3://bucket/key`, `memory://folder`). Every file that the
+package writes is written here, under a temporary name that ends in `.tmp`, and gets its own name when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from clip_index.types import ClipIndexError
+
+TEMPORARY = ".tmp"
+_RANGE = re.compile(r"^(.*)#(\d+)\+(\d+)$", re.DOTALL)
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names a protocol, as `s3://bucket` does."""
+    return re.match(r"^[a-zA-Z][a-zA-Z0-9+.-]+://", path) is not None
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """The path with `~` and `.` resolved, without a trailing slash; URLs keep their protocol."""
+    path = os.fspath(path)
+    if path.startswith("file://"):
+        path = path[len("file://") :]
+    if is_url(path):
+        return path.rstrip("/") if not path.endswith("://") else path
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def join(base: str, *parts: str) -> str:
+    """A path below a folder, always with forward slashes for URLs."""
+    if is_url(base):
+        return "/".join([base.rstrip("/"), *parts])
+    return os.path.join(base, *parts)
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """(fsspec filesystem, the path as that filesystem spells it). Raises ClipIndexError for an unknown protocol."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        hint = " (pip install 'clip-index[s3]')" if path.startswith("s3://") else ""
+        raise ClipIndexError(f"cannot open {path}: {error}{hint}") from error
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there."""
+    if not is_url(path):
+        return os.path.exists(path)
+    fs, name = filesystem(path)
+    return fs.exists(name)
+
+
+def is_folder(path: str) -> bool:
+    """Whether a path is a folder (for an object store: a prefix with something below it)."""
+    if not is_url(path):
+        return os.path.isdir(path)
+    fs, name = filesystem(path)
+    return fs.isdir(name)
+
+
+def size(path: str) -> int:
+    """Bytes of a file. Raises FileNotFoundError."""
+    if not is_url(path):
+        return os.path.getsize(path)
+    fs, name = filesystem(path)
+    return int(fs.size(name))
+
+
+def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
+    """A file's bytes, or `length` of them from `offset`. Raises FileNotFoundError."""
+    if is_url(path):
+        fs, name = filesystem(path)
+        return fs.cat_file(name, start=offset, end=None if length is None else offset + length)
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read() if length is None else file.read(length)
+
+
+def read_source(source: str) -> bytes:
+    """The bytes that a metadata row's `source` names: a whole file, or `file#offset+length`."""
+    found = _RANGE.match(source)
+    return read_bytes(found[1], int(found[2]), int(found[3])) if found else read_bytes(source)
+
+
+def range_source(path: str, offset: int, length: int) -> str:
+    """The `source` of `length` bytes at `offset` in a file."""
+    return f"{path}#{offset}+{length}"
+
+
+@contextmanager
+def open_read(path: str) -> Iterator[IO[bytes]]:
+    """A seekable file object, buffered and read ahead."""
+    if is_url(path):
+        fs, name = filesystem(path)
+        with fs.open(name, "rb", block_size=4 << 20) as file:
+            yield file
+    else:
+        with open(path, "rb") as file:
+            yield file
+
+
+def make_folder(path: str) -> None:
+    """Make a folder and its parents; a no-op where folders do not exist, as on S3."""
+    if not is_url(path):
+        os.makedirs(path, exist_ok=True)
+
+
+def list_files(folder: str, suffixes: Iterable[str] = ()) -> list[tuple[str, int]]:
+    """(path relative to the folder, bytes) of every file below it, recursively, sorted by path.
+
+    Suffixes are compared in lower case; none means all files. Folders behind symbolic links are followed, each real
+    folder once. Hidden files and folders (a leading dot) and temporary files are left out. A file is not left out for
+    being unreadable: its reader says so.
+    """
+    suffixes = tuple(suffixes)
+    if is_url(folder):
+        found = _list_remote(folder)
+    else:
+        found = _list_local(folder)
+    return sorted(
+        (name, length)
+        for name, length in found
+        if (not suffixes or name.lower().endswith(suffixes)) and not name.endswith(TEMPORARY)
+    )
+
+
+def _list_local(folder: str) -> Iterator[tuple[str, int]]:
+    seen: set[tuple[int, int]] = set()
+    pending = [("", folder)]
+    while pending:
+        prefix, path = pending.pop()
+        info = os.stat(path)
+        if (info.st_dev, info.st_ino) in seen:
+            continue
+        seen.add((info.st_dev, info.st_ino))
+        with os.scandir(path) as entries:
+            for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name), reverse=True):
+                if entry.name.startswith("."):
+                    continue
+                try:
+                    if entry.is_dir():
+                        pending.append((f"{prefix}{entry.name}/", entry.path))
+                    elif entry.is_file():
+                        yield f"{prefix}{entry.name}", entry.stat().st_size
+                except OSError:
+                    continue  # a symbolic link to itself
+
+
+def _list_remote(folder: str) -> Iterator[tuple[str, int]]:
+    fs, name = filesystem(folder)
+    root = name.rstrip("/") + "/"
+    for path, info in fs.find(name, detail=True).items():
+        relative = path[len(root) :] if path.startswith(root) else path.removeprefix(name).lstrip("/")
+        if relative and not any(part.startswith(".") for part in relative.split("/")):
+            yield relative, int(info.get("size") or 0)
+
+
+def list_names(folder: str) -> list[str]:
+    """The names directly in a folder, sorted; none where the folder does not exist."""
+    if not is_url(folder):
+        return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    fs, name = filesystem(folder)
+    fs.invalidate_cache()
+    try:
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(name, detail=False))
+    except FileNotFoundError:
+        return []
+
+
+def expand(pattern: str) -> list[str]:
+    """The files that a path means: braces expanded (`{00000..00003}.tar`), then globs, in that order.
+
+    Braces keep their order, globs are sorted. Raises ClipIndexError where a glob finds nothing; a name without a glob
+    is taken as it is.
+    """
+    import glob
+
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    if exists(pattern):
+        return [absolute(pattern)]
+    try:
+        names = list(braceexpand(pattern, escape=False))
+    except UnbalancedBracesError as error:
+        raise ClipIndexError(f"unbalanced braces in {pattern!r}: {error}") from error
+    found: list[str] = []
+    for name in names:
+        if not glob.has_magic(name) or name == pattern == absolute(pattern) and exists(name):
+            found.append(absolute(name))
+            continue
+        if is_url(name):
+            fs, path = filesystem(name)
+            matches = sorted(fs.unstrip_protocol(match) for match in fs.glob(path))
+        else:
+            matches = sorted(glob.glob(absolute(name), recursive=True))
+        if not matches:
+            raise ClipIndexError(f"nothing matches {name!r}: check the path, and quote it so that the shell leaves it")
+        found.extend(matches)
+    return found
+
+
+class Spool:
+    """A file being written, local and seekable at `path`; `commit` gives it its name, `discard` removes it.
+
+    For a local target the temporary file lies beside it, so that the rename is atomic; for a remote one it lies in the
+    temporary folder and is uploaded whole, which object stores make visible at once.
+    """
+
+    def __init__(self, target: str):
+        self.target = target
+        name = target.rsplit("/", 1)[-1] if is_url(target) else os.path.basename(target)
+        temporary = f"{name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}"
+        if is_url(target):
+            self.path = os.path.join(tempfile.gettempdir(), temporary)
+        else:
+            make_folder(os.path.dirname(target))
+            self.path = os.path.join(os.path.dirname(target), temporary)
+
+    def commit(self) -> None:
+        """Make the file appear under its name, whole, replacing what was there."""
+        with open(self.path, "rb") as file:
+            os.fsync(file.fileno())
+        if not is_url(self.target):
+            os.replace(self.path, self.target)
+            return
+        fs, name = filesystem(self.target)
+        fs.put_file(self.path, name)
+        fs.invalidate_cache()
+        os.remove(self.path)
+
+    def discard(self) -> None:
+        """Remove what was written so far; harmless after a commit."""
+        Path(self.path).unlink(missing_ok=True)
+
+
+@contextmanager
+def open_atomic(target: str) -> Iterator[IO[bytes]]:
+    """A binary file that gets its name when the block ends without an exception."""
+    spool = Spool(target)
+    try:
+        with open(spool.path, "wb") as file:
+            yield file
+        spool.commit()
+    finally:
+        spool.discard()
+
+
+def write_bytes(target: str, data: bytes) -> None:
+    """Write a whole file atomically."""
+    with open_atomic(target) as file:
+        file.write(data)
+
+
+def remove(path: str) -> None:
+    """Remove a file, if it is there."""
+    if not is_url(path):
+        Path(path).unlink(missing_ok=True)
+        return
+    fs, name = filesystem(path)
+    if fs.exists(name):
+        fs.rm_file(name)
+        fs.invalidate_cache()
+
+
+def copy_in(source: str, target_folder: str) -> str:
+    """A local path with a remote file's bytes (the path itself where it is local already)."""
+    if not is_url(source):
+        return source
+    target = os.path.join(target_folder, source.rsplit("/", 1)[-1])
+    with open_read(source) as remote, open(target, "wb") as local:
+        shutil.copyfileobj(remote, local, 4 << 20)
+    return target
+
+
+def remove_temporaries(folder: str) -> None:
+    """Remove what killed writers left in a folder."""
+    if not is_url(folder) and os.path.isdir(folder):
+        for name in os.listdir(folder):
+            if name.endswith(TEMPORARY):
+                Path(folder, name).unlink(missing_ok=True)
