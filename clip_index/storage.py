@@ -199,7 +199,7 @@ def expand(pattern: str) -> list[str]:
         raise ClipIndexError(f"unbalanced braces in {pattern!r}: {error}") from error
     found: list[str] = []
     for name in names:
-        if not glob.has_magic(name) or name == pattern == absolute(pattern) and exists(name):
+        if not glob.has_magic(name) or exists(name):
             found.append(absolute(name))
             continue
         if is_url(name):
