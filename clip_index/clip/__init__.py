@@ -1,0 +1,1 @@
+"""CLIP itself: its model, its tokenizer, every layout of its checkpoints."""
