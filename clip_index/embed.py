@@ -1,138 +1,27 @@
-"""From pictures and captions to shards of vectors.
+"""From pictures and captions to a folder of shards.
 
-1. `embed` plans the tasks, looks which are finished already, and has an executor run the others.
-2. `EmbedJob.run` makes one shard: it reads samples in chunks, each chunk is decoded and encoded on a pool of threads,
-   and the rows are written in order. Reading, decoding, encoding and writing overlap, across tasks too.
+1. `plan_embedding` looks at input and output: the tasks, which of them are finished, and whether they go together.
+2. `embed` has an executor run `EmbedJob` on the others, and counts samples and failures.
 3. The manifest is written over all markers at the end.
-
-A chunk's numbers depend on its own samples alone, and on the CPU a chunk is encoded by one thread: the number of
-cores, threads or workers changes no byte of the result.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from clip_index import executors, storage, store
-from clip_index.encoders import load_encoder
+from clip_index.embed_job import EmbedJob, chunks, cores, encode_samples, worker_encoder, worker_pool
 from clip_index.readers import open_reader
-from clip_index.types import ClipIndexError, Encoder, Reader, Sample, SampleError, Task, UsageError
+from clip_index.types import ClipIndexError, IncompleteError, Task, UsageError
 
-_CHUNK_BYTES = 64 << 20
-"""A chunk ends early at this many bytes of pictures, so that memory is bounded whatever their size."""
 _JUDGED_FROM = 100
 """The failure rate is judged once this many samples have been seen, or at the end."""
-
-
-@dataclass(frozen=True)
-class EmbedJob:
-    """Everything that turns a task into a shard; picklable, so that any worker can have it."""
-
-    reader: Reader
-    output: str
-    config: store.EmbeddingConfig
-    device: str = "auto"
-    batch_size: int = 32
-    width: int = 5
-
-    def run(self, task: Task, report: executors.Report = lambda rows, failed: None) -> store.Shard:
-        """Make one shard and return its marker. Raises ClipIndexError where the shard cannot be written."""
-        encoder = worker_encoder(self.config.encoder, self.device, self.config.precision)
-        pool = worker_pool()
-        chunks = _chunks(self.reader.read(task), self.batch_size)
-        encode = functools.partial(encode_samples, encoder, self.config.modalities)
-        with store.EmbeddingWriter(self.output, task, self.config, width=self.width) as writer:
-            for vectors, rows, failures in executors.ordered_map(pool, encode, chunks, pool._max_workers + 1):
-                writer.append(vectors, rows)
-                for failure in failures:
-                    writer.fail(*failure)
-                report(len(rows), len(failures))
-            return writer.commit()
-
-
-@functools.lru_cache(maxsize=1)
-def worker_encoder(name: str, device: str, precision: str) -> Encoder:
-    """The encoder of this process, loaded once."""
-    return load_encoder(name, device=device, precision=precision, threads=1)
-
-
-@functools.lru_cache(maxsize=1)
-def worker_pool() -> ThreadPoolExecutor:
-    """The threads of this process that decode and encode, one a core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(cores, thread_name_prefix="encode")
-
-
-def _chunks(samples: Iterator[Sample], batch_size: int) -> Iterator[list[Sample]]:
-    chunk: list[Sample] = []
-    held = 0
-    for sample in samples:
-        chunk.append(sample)
-        held += len(sample.image or b"")
-        if len(chunk) == batch_size or held >= _CHUNK_BYTES:
-            yield chunk
-            chunk, held = [], 0
-    if chunk:
-        yield chunk
-
-
-Encoded = tuple[dict[str, np.ndarray], list[dict[str, Any]], list[tuple[str, str, str]]]
-
-
-def encode_samples(encoder: Encoder, modalities: tuple[str, ...], samples: list[Sample]) -> Encoded:
-    """(vectors of each modality, metadata rows, (key, source, error) of what failed) of some samples."""
-    images, good, rows, failures = [], [], [], []
-    for sample in samples:
-        try:
-            row = _row(sample, modalities)
-            if "image" in modalities:
-                pixels, (row["width"], row["height"]) = encoder.preprocess(sample.image)
-                images.append(pixels)
-        except SampleError as error:
-            failures.append((sample.key, sample.source, str(error)))
-        else:
-            good.append(sample)
-            rows.append(row)
-    if not good:
-        return {modality: np.empty((0, encoder.dim), np.float32) for modality in modalities}, [], failures
-    vectors = {}
-    if "image" in modalities:
-        vectors["image"] = encoder.encode_image(np.stack(images))
-    if "text" in modalities:
-        vectors["text"] = encoder.encode_text([sample.text or "" for sample in good])
-    finite = np.all([np.isfinite(block).all(axis=1) for block in vectors.values()], axis=0)
-    if not finite.all():
-        failures += [
-            (sample.key, sample.source, "its embedding is not finite")
-            for sample, kept in zip(good, finite, strict=True)
-            if not kept
-        ]
-        vectors = {modality: block[finite] for modality, block in vectors.items()}
-        rows = [row for row, kept in zip(rows, finite, strict=True) if kept]
-    return vectors, rows, failures
-
-
-def _row(sample: Sample, modalities: tuple[str, ...]) -> dict[str, Any]:
-    if sample.error is not None:
-        raise SampleError(sample.error)
-    if "image" in modalities and not sample.image:
-        raise SampleError("no image")
-    if modalities == ("text",) and not sample.text:
-        raise SampleError("no caption")
-    row: dict[str, Any] = {"image_path": sample.image_path}
-    if "text" in modalities or sample.text is not None:
-        row["caption"] = sample.text or ""
-    return row | {"key": sample.key, "source": sample.source} | sample.meta
 
 
 @dataclass(frozen=True)
@@ -161,6 +50,7 @@ class EmbedPlan:
     job: EmbedJob
     tasks: list[Task]
     done: dict[int, store.Shard]
+    devices: list[str]
 
     @property
     def todo(self) -> list[Task]:
@@ -199,7 +89,8 @@ def plan_embedding(
     tasks = reader.plan(rows_per_shard)
     if not tasks:
         raise UsageError(f"nothing to embed in {source}")
-    encoder = worker_encoder(model, devices, precision)
+    workers = executors.parse_devices(devices, _cuda_devices(devices))
+    encoder = worker_encoder(model, workers[0], precision)
     config = store.EmbeddingConfig(
         encoder=encoder.name,
         fingerprint=encoder.fingerprint,
@@ -210,8 +101,23 @@ def plan_embedding(
     )
     width = _check_output(output, config, len(tasks))
     done = _finished(output, tasks, update=update, retry_failed=retry_failed)
-    job = EmbedJob(reader, output, config, device=devices, batch_size=batch_size, width=width)
-    return EmbedPlan(job, tasks, done)
+    threads = None if len(workers) == 1 else max(1, cores() // len(workers))
+    job = EmbedJob(reader, output, config, workers[0], threads=threads, batch_size=batch_size, width=width)
+    return EmbedPlan(job, tasks, done, workers)
+
+
+def _cuda_devices(devices: str) -> int:
+    if devices.startswith("cpu") and "cuda" not in devices:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _run(plan: EmbedPlan, report: executors.Report) -> Iterator[store.Shard | executors.Lost]:
+    if len(plan.devices) == 1:
+        return executors.run_in_process(plan.todo, plan.job.run, report)
+    return executors.run_in_processes(plan.todo, [replace(plan.job, device=name) for name in plan.devices], report)
 
 
 def _check_output(output: str, config: store.EmbeddingConfig, tasks: int) -> int:
@@ -270,10 +176,12 @@ def preview(source: str, output: str, *, tried: int = 64, **options: Any) -> Pre
     encoder = worker_encoder(config.encoder, job.device, config.precision)
     samples = [sample for task in plan.todo[:1] for sample in itertools.islice(job.reader.read(task), tried)]
     encode = functools.partial(encode_samples, encoder, config.modalities)
-    list(executors.ordered_map(worker_pool(), encode, _chunks(iter(samples[:2]), 1), 2))  # the first call is slow
+    list(
+        executors.ordered_map(worker_pool(job.threads or cores()), encode, chunks(iter(samples[:2]), 1), 2)
+    )  # the first call is slow
     started = time.monotonic()
-    chunks = _chunks(iter(samples), max(1, min(job.batch_size, len(samples) // 4)))
-    encoded = list(executors.ordered_map(worker_pool(), encode, chunks, len(samples) + 1))
+    batches = chunks(iter(samples), max(1, min(job.batch_size, len(samples) // 4)))
+    encoded = list(executors.ordered_map(worker_pool(job.threads or cores()), encode, batches, len(samples) + 1))
     seconds = time.monotonic() - started
     counted = [task.rows for task in plan.todo]
     return Preview(
@@ -336,10 +244,19 @@ def embed(
                 judge.add(good, failed)
 
         samples, shards = summary.rows + summary.failed, len(plan.done)
-        for shard in executors.run_in_process(plan.todo, job.run, report):
+        lost: list[executors.Lost] = []
+        for shard in _run(plan, report):
+            if isinstance(shard, executors.Lost):
+                lost.append(shard)
+                continue
             samples, shards = samples + shard.rows + shard.failed, shards + 1
             with lock:
                 bar.shard_done(samples, shards)
+    if lost:
+        raise IncompleteError(
+            f"{len(lost)} of {len(plan.tasks)} shards were given up after their workers died (the first is shard "
+            f"{lost[0].task.id}: {lost[0].reason}); the others are finished, run the command again to try these"
+        )
     manifest = store.finalize(job.output, manifest)
     judge.end()
     failed_files = [
@@ -364,7 +281,7 @@ def _prepare(output: str, manifest: store.Manifest, plan: EmbedPlan) -> None:
         manifest.write(output)
     for shard in store.read_markers(output):
         if shard not in plan.done:
-            for name in store.shard_files(shard, manifest.width).values()[::-1]:
+            for name in reversed(store.shard_files(shard, manifest.width).values()):  # its marker first
                 storage.remove(storage.join(output, name))
 
 

@@ -42,9 +42,11 @@ class EmbeddingConfig:
     dtype: str = "float16"
 
     def differences(self, other: EmbeddingConfig) -> list[str]:
-        """`field: mine -> other's` for every field that is not equal."""
+        """`field: mine -> other's` for every field that is not equal; the same encoder may go by another name."""
         found = []
         for name in (item.name for item in fields(self)):
+            if name == "encoder" and self.fingerprint == other.fingerprint:
+                continue
             mine, theirs = getattr(self, name), getattr(other, name)
             if name == "preprocess":
                 keys = [key for key in sorted(mine.keys() | theirs.keys()) if mine.get(key) != theirs.get(key)]

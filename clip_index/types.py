@@ -22,6 +22,10 @@ class UsageError(ClipIndexError):
     """The command or the call was wrong, and nothing was done."""
 
 
+class IncompleteError(ClipIndexError):
+    """Some tasks were given up; what the others made is there."""
+
+
 class SampleError(ClipIndexError):
     """One sample cannot be used; it is recorded, and the run goes on."""
 
