@@ -130,7 +130,7 @@ def test_other_embeddings_are_not_mixed_in(tmp_path, monkeypatch, change, says):
 def test_other_inputs_are_refused_unless_asked_for(tmp_path):
     source = make_pictures(tmp_path / "in", 20)
     run(source, tmp_path / "out")
-    shutil.copy(source / "0000.png", source / "0015x.png")
+    shutil.copy(source / "0000.png", source / "0010x.png")
     with pytest.raises(UsageError, match=r"2 of the 3 finished shards .* give --update"):
         run(source, tmp_path / "out")
     kept = (tmp_path / "out/img_emb/img_emb_00000.npy").stat().st_mtime_ns
