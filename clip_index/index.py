@@ -1,0 +1,250 @@
+"""Build an index folder from a folder of embeddings, and state what it gives.
+
+1. Check the manifest and every shard's shape.
+2. For each modality build a faiss index over all rows, in manifest order, with faiss or with autofaiss.
+3. Copy the metadata: parquet for other tools, one Arrow file for the search.
+4. Measure recall against exact search with held-out queries of each modality, and the time of a query.
+5. Swap the finished folder in (`clip_index.index_folder`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+
+from clip_index import locations, recall, storage
+from clip_index.index_folder import IndexFolder, IndexWriter
+from clip_index.metadata import Metadata, metadata_files, write_metadata
+from clip_index.report import below_target, infos
+from clip_index.store import Manifest
+from clip_index.types import ClipIndexError, UsageError
+from clip_index.vectors import Vectors
+
+ENGINES = ("auto", "autofaiss", "faiss")
+EXACT_KEY = "SQfp16"
+"""Exact search over float16, as the shards hold already: half of Flat's bytes and half of its time."""
+EXACT_ROWS = 100_000
+"""Below this an exact scan answers within some 10 ms on one thread, and there is nothing to tune."""
+_TRAINING_ROWS = 100_000
+_WARM_UP = 10
+_SPEED_QUERIES, _SPEED_K = 200, 40  # as many neighbours as autofaiss asks for when it measures
+
+
+def build_index(
+    embeddings: str,
+    index: str,
+    *,
+    memory: str | int = "4G",
+    index_key: str | None = None,
+    recall_target: float = 0.95,
+    engine: str = "auto",
+    queries: int = 1000,
+    verbose: bool = False,
+) -> dict[str, Any]:
+    """Build the index folder `index` over the folder `embeddings`, both local paths or fsspec URLs.
+
+    `memory` bounds what autofaiss may use ("4G", or bytes). `index_key` is a faiss factory string; without it, sets of
+    less than 100,000 rows are searched exactly and autofaiss chooses for larger ones. `engine` is "auto", "faiss" or
+    "autofaiss". `queries` is how many of each modality recall is measured with.
+
+    Returns the report that also lies in report.json; `clip_index.report.format_report` makes a table of it. An index
+    that was in the folder serves until the new one is complete. Raises UsageError for bad arguments, ClipIndexError
+    where the embeddings are not complete or the index cannot be built.
+    """
+    limit = parse_memory(memory)
+    if engine not in ENGINES:
+        raise UsageError(f"no engine {engine!r}: choose one of {', '.join(ENGINES)}")
+    if not 0 < recall_target <= 1:
+        raise UsageError(f"a recall target of {recall_target} is not between 0 and 1")
+    if queries < 1:
+        raise UsageError(f"recall cannot be measured with {queries} queries")
+    started = time.perf_counter()
+    embeddings, index = storage.absolute(embeddings), storage.absolute(index)
+    manifest = Manifest.load(embeddings)
+    config = manifest.config
+    if not manifest.complete:
+        missing = manifest.tasks - len(manifest.ids)
+        raise ClipIndexError(f"{embeddings} lacks {missing} of {manifest.tasks} shards: run embed again")
+    if not manifest.rows:
+        raise ClipIndexError(f"nothing to index: {embeddings} has no rows")
+    matrices = {modality: Vectors(embeddings, manifest, modality) for modality in config.modalities}
+    for vectors in matrices.values():
+        vectors.check()
+    report: dict[str, Any] = {"index": index, "embeddings": embeddings, "encoder": config.encoder}
+    report |= {"rows": manifest.rows, "dim": config.dim, "recall_target": recall_target, "indices": {}, "warnings": []}
+    with IndexWriter(index) as writer:
+        metadata = _copy_metadata(embeddings, manifest, writer)
+        held_out = _held_out(matrices, metadata, queries)
+        for modality, vectors in matrices.items():
+            part = _build_one(writer, modality, vectors, index_key, engine, limit, verbose)
+            built = _read_back(writer, modality)
+            _measure_one(part, built, modality, vectors, held_out)
+            report["warnings"] += below_target(modality, part, recall_target)
+            report["indices"][modality] = part
+            writer.write(
+                f"{modality}.json", _to_json(infos(part, built, vectors, storage.join(index, f"{modality}.index")))
+            )
+        report["seconds"] = time.perf_counter() - started
+        report["peak_memory_bytes"] = _peak_memory()
+        writer.write("report.json", _to_json(report))
+        writer.commit(config, rows=manifest.rows, embeddings=embeddings, embeddings_digest=manifest.digest)
+    locations.remember(index)
+    return report
+
+
+def verify_index(index: str) -> list[str]:
+    """What is wrong with an index folder, a line each: missing, truncated and altered files."""
+    return IndexFolder(index).verify()
+
+
+def parse_memory(memory: str | int) -> int:
+    """Bytes from "4G", "512MB", "1.5T" or a number of bytes. Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(memory).strip(), re.IGNORECASE)
+    size = int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+    if size <= 0:
+        raise UsageError(f"{memory!r} is not an amount of memory: write it as 4G or 512M")
+    return size
+
+
+def choose(rows: int, engine: str, index_key: str | None) -> tuple[str, str | None]:
+    """(engine, key) for a number of rows; a key of None leaves the choice to autofaiss."""
+    from clip_index import autofaiss_compat
+
+    if index_key:
+        if engine == "auto":
+            engine = "autofaiss" if autofaiss_compat.supports(index_key) else "faiss"
+        return engine, index_key
+    if engine == "autofaiss" or (engine == "auto" and rows >= EXACT_ROWS):
+        return "autofaiss", None
+    return "faiss", EXACT_KEY
+
+
+def _build_one(
+    writer: IndexWriter,
+    modality: str,
+    vectors: Vectors,
+    index_key: str | None,
+    engine: str,
+    memory: int,
+    verbose: bool,
+) -> dict[str, Any]:
+    import faiss
+
+    from clip_index import autofaiss_compat
+
+    engine, key = choose(vectors.rows, engine, index_key)
+    seconds: dict[str, float] = {}
+    if engine == "autofaiss":
+        with _timed(seconds, "build"):
+            built, key, parameters = autofaiss_compat.build(vectors.path, index_key=key, memory=memory, verbose=verbose)
+    else:
+        built, parameters = _with_faiss(vectors, key, seconds), ""
+    if built.ntotal != vectors.rows or built.d != vectors.dim:
+        raise ClipIndexError(
+            f"the {modality} index has {built.ntotal} vectors of {built.d} dimensions, the manifest says "
+            f"{vectors.rows} of {vectors.dim}: is there another .npy file in {vectors.path}?"
+        )
+    path = writer.path(f"{modality}.index")
+    with _timed(seconds, "write"):
+        faiss.write_index(built, path)
+    size = os.path.getsize(path)
+    part = {"engine": engine, "index_key": key, "index_param": parameters, "bytes": size}
+    return {**part, "bytes_per_vector": size / vectors.rows, "seconds": seconds}
+
+
+def _with_faiss(vectors: Vectors, key: str | None, seconds: dict[str, float]) -> Any:
+    import faiss
+
+    try:
+        built = faiss.index_factory(vectors.dim, key, faiss.METRIC_INNER_PRODUCT)
+        if not built.is_trained:
+            with _timed(seconds, "train"):
+                # the first rows of a set are rarely like the rest of it
+                rows = np.random.default_rng(0).choice(
+                    vectors.rows, min(vectors.rows, _TRAINING_ROWS), replace=False, shuffle=False
+                )
+                built.train(vectors.take(rows))
+        with _timed(seconds, "add"):
+            for _, block in vectors.blocks():
+                built.add(block)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].split(": ", 1)[-1]
+        raise ClipIndexError(f"faiss cannot build {key} over {vectors.rows} rows: {reason}") from error
+    return built
+
+
+def _copy_metadata(embeddings: str, manifest: Manifest, writer: IndexWriter) -> Metadata:
+    path = writer.path("metadata.arrow")
+    write_metadata(embeddings, manifest, path)
+    for name in metadata_files(manifest):
+        source, target = storage.join(embeddings, *name.split("/")), writer.path(name)
+        if not storage.is_url(source):
+            with suppress(OSError):  # another file system, or one without links
+                os.link(source, target)
+                continue
+        with storage.open_read(source) as read, open(target, "wb") as written:
+            shutil.copyfileobj(read, written, 4 << 20)
+    return Metadata(path)
+
+
+def _held_out(matrices: dict[str, Vectors], metadata: Metadata, count: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """(rows, vectors) to query with, of each modality; a row without a caption is no text query."""
+    found = {}
+    for modality, vectors in matrices.items():
+        rows = np.random.default_rng(1).permutation(vectors.rows)
+        if modality == "text":
+            rows = rows[: 8 * count]
+            captions = metadata.take(rows, ["caption"]) if "caption" in metadata.names else []
+            rows = rows[[bool((row["caption"] or "").strip()) for row in captions]] if captions else rows[:0]
+        if len(rows := rows[:count]):
+            found[modality] = rows, vectors.take(rows)
+    return found
+
+
+def _read_back(writer: IndexWriter, modality: str) -> Any:
+    import faiss
+
+    return faiss.read_index(writer.path(f"{modality}.index"), faiss.IO_FLAG_MMAP_IFC)
+
+
+def _measure_one(part: dict[str, Any], built: Any, modality: str, vectors: Vectors, held_out: dict[str, Any]) -> None:
+    part["recall"] = {}
+    with _timed(part["seconds"], "measure"):
+        for kind, (rows, found) in held_out.items():
+            asked = recall.Queries(kind, found, rows if kind == modality else None)
+            part["recall"][kind] = recall.measure(built.search, vectors, asked)
+        sample = next(iter(held_out.values()), (None, vectors.take(np.zeros(1, np.int64))))[1][:_SPEED_QUERIES]
+        for query in sample[:_WARM_UP]:
+            built.search(query[None], min(_SPEED_K, vectors.rows))
+        times = []
+        for query in sample:
+            started = time.perf_counter()
+            built.search(query[None], min(_SPEED_K, vectors.rows))
+            times.append(1000 * (time.perf_counter() - started))
+    part["ms"] = {"mean": float(np.mean(times)), "p50": float(np.median(times)), "p99": float(np.quantile(times, 0.99))}
+
+
+def _to_json(data: Any) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - started
