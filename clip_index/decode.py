@@ -24,6 +24,8 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin 
 from clip_index.types import SampleError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
+
 MAX_PIXELS = 178_956_970
 """Pillow's own limit, above which it refuses to open a picture."""
 
@@ -80,8 +82,9 @@ def _decode_jpeg(data: bytes, max_pixels: int, needed: Callable[[int, int], tupl
     try:
         pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", min_width=least[0], min_height=least[1])
     except ValueError as error:
-        if str(error).startswith("Corrupt JPEG data") and "extraneous bytes" not in str(error):
-            raise SampleError(f"damaged: {error}") from None
+        damage = str(error).removeprefix("Corrupt JPEG data: ")
+        if damage != str(error) and "extraneous bytes" not in damage:
+            raise SampleError(f"damaged JPEG: {damage}") from None
         return None
     return Decoded(pixels, orientation, *_turned(orientation, width, height))
 
@@ -94,17 +97,24 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> Decoded:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(*image.size, max_pixels)
             image.load()
-            exif = image.info.get("exif") or b""
-            # Pillow turns TIFF while it loads
-            orientation = 1 if image.format == "TIFF" else exif_orientation(exif.removeprefix(b"Exif\0\0"))
+            exif = image.info.get("exif")
+            # Pillow turns TIFF while it loads, and gives PNG texts the names that their authors chose
+            stored = isinstance(exif, bytes) and image.format != "TIFF"
+            orientation = exif_orientation(exif.removeprefix(b"Exif\0\0")) if stored else 1
             return Decoded(_rgb(image), orientation, *_turned(orientation, *image.size))
     except (SampleError, MemoryError):
         raise
     except UnidentifiedImageError:
-        looks = "it looks like HTML or XML" if data[:256].lstrip()[:1] == b"<" else f"it begins with {data[:8]!r}"
-        raise SampleError(f"not a picture in {', '.join(FORMATS)}: {looks}") from None
+        raise SampleError(_why_unidentified(data)) from None
     except Exception as error:  # a decoder may raise anything at all on bytes made to confuse it
         raise SampleError(" ".join(f"cannot be decoded: {error or type(error).__name__}".split())[:200]) from error
+
+
+def _why_unidentified(data: bytes) -> str:
+    if data.startswith(_SIGNATURES):
+        return "the header is damaged or truncated"
+    looks = "looks like HTML or XML" if data[:256].lstrip()[:1] == b"<" else f"begins with {data[:8]!r}"
+    return f"not one of {', '.join(FORMATS)}: it {looks}"
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
@@ -117,11 +127,14 @@ def _rgb(image: Image.Image) -> np.ndarray:
             grey = _guess_levels(values)
         return np.repeat(grey[:, :, None], 3, axis=2)
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        if image.mode != "RGBA":
+            image = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, "white")
         canvas.paste(image, mask=image.getchannel("A"))
         image = canvas
-    return np.array(image.convert("RGB"))
+    elif image.mode != "RGB":
+        image = image.convert("RGB")
+    return np.array(image)
 
 
 def _guess_levels(values: np.ndarray) -> np.ndarray:
