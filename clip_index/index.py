@@ -16,26 +16,21 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from clip_index import locations, recall, storage
-from clip_index.index_folder import IndexFolder, IndexWriter
+from clip_index import families, locations, recall, storage
+from clip_index.families import timed
+from clip_index.index_folder import IndexFolder
+from clip_index.index_writer import IndexWriter
 from clip_index.metadata import Metadata, metadata_files, write_metadata
 from clip_index.report import below_target, infos
 from clip_index.store import Manifest
 from clip_index.types import ClipIndexError, UsageError
 from clip_index.vectors import Vectors
 
-ENGINES = ("auto", "autofaiss", "faiss")
-EXACT_KEY = "SQfp16"
-"""Exact search over float16, as the shards hold already: half of Flat's bytes and half of its time."""
-EXACT_ROWS = 100_000
-"""Below this an exact scan answers within some 10 ms on one thread, and there is nothing to tune."""
-_TRAINING_ROWS = 100_000
 _WARM_UP = 10
 _SPEED_QUERIES, _SPEED_K = 200, 40  # as many neighbours as autofaiss asks for when it measures
 
@@ -62,8 +57,8 @@ def build_index(
     where the embeddings are not complete or the index cannot be built.
     """
     limit = parse_memory(memory)
-    if engine not in ENGINES:
-        raise UsageError(f"no engine {engine!r}: choose one of {', '.join(ENGINES)}")
+    if engine not in families.ENGINES:
+        raise UsageError(f"no engine {engine!r}: choose one of {', '.join(families.ENGINES)}")
     if not 0 < recall_target <= 1:
         raise UsageError(f"a recall target of {recall_target} is not between 0 and 1")
     if queries < 1:
@@ -86,7 +81,7 @@ def build_index(
         metadata = _copy_metadata(embeddings, manifest, writer)
         held_out = _held_out(matrices, metadata, queries)
         for modality, vectors in matrices.items():
-            part = _build_one(writer, modality, vectors, index_key, engine, limit, verbose)
+            part = _build_one(writer, modality, vectors, (engine, index_key), limit, verbose)
             built = _read_back(writer, modality)
             _measure_one(part, built, modality, vectors, held_out)
             report["warnings"] += below_target(modality, part, recall_target)
@@ -116,71 +111,29 @@ def parse_memory(memory: str | int) -> int:
     return size
 
 
-def choose(rows: int, engine: str, index_key: str | None) -> tuple[str, str | None]:
-    """(engine, key) for a number of rows; a key of None leaves the choice to autofaiss."""
-    from clip_index import autofaiss_compat
-
-    if index_key:
-        if engine == "auto":
-            engine = "autofaiss" if autofaiss_compat.supports(index_key) else "faiss"
-        return engine, index_key
-    if engine == "autofaiss" or (engine == "auto" and rows >= EXACT_ROWS):
-        return "autofaiss", None
-    return "faiss", EXACT_KEY
-
-
 def _build_one(
-    writer: IndexWriter,
-    modality: str,
-    vectors: Vectors,
-    index_key: str | None,
-    engine: str,
-    memory: int,
-    verbose: bool,
+    writer: IndexWriter, modality: str, vectors: Vectors, wanted: tuple[str, str | None], memory: int, verbose: bool
 ) -> dict[str, Any]:
     import faiss
 
-    from clip_index import autofaiss_compat
-
-    engine, key = choose(vectors.rows, engine, index_key)
+    engine, key = families.choose(vectors.rows, *wanted)
     seconds: dict[str, float] = {}
-    if engine == "autofaiss":
-        with _timed(seconds, "build"):
-            built, key, parameters = autofaiss_compat.build(vectors.path, index_key=key, memory=memory, verbose=verbose)
-    else:
-        built, parameters = _with_faiss(vectors, key, seconds), ""
+    built, key, parameters = families.make(vectors, engine, key, memory=memory, seconds=seconds, verbose=verbose)
     if built.ntotal != vectors.rows or built.d != vectors.dim:
         raise ClipIndexError(
             f"the {modality} index has {built.ntotal} vectors of {built.d} dimensions, the manifest says "
             f"{vectors.rows} of {vectors.dim}: is there another .npy file in {vectors.path}?"
         )
     path = writer.path(f"{modality}.index")
-    with _timed(seconds, "write"):
-        faiss.write_index(built, path)
+    with timed(seconds, "write"):
+        try:
+            faiss.write_index(built, path)
+        except RuntimeError as error:
+            reason = families.reason(error)
+            raise ClipIndexError(f"cannot write the {modality} index: {reason}; what was there stands") from error
     size = os.path.getsize(path)
     part = {"engine": engine, "index_key": key, "index_param": parameters, "bytes": size}
     return {**part, "bytes_per_vector": size / vectors.rows, "seconds": seconds}
-
-
-def _with_faiss(vectors: Vectors, key: str | None, seconds: dict[str, float]) -> Any:
-    import faiss
-
-    try:
-        built = faiss.index_factory(vectors.dim, key, faiss.METRIC_INNER_PRODUCT)
-        if not built.is_trained:
-            with _timed(seconds, "train"):
-                # the first rows of a set are rarely like the rest of it
-                rows = np.random.default_rng(0).choice(
-                    vectors.rows, min(vectors.rows, _TRAINING_ROWS), replace=False, shuffle=False
-                )
-                built.train(vectors.take(rows))
-        with _timed(seconds, "add"):
-            for _, block in vectors.blocks():
-                built.add(block)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].split(": ", 1)[-1]
-        raise ClipIndexError(f"faiss cannot build {key} over {vectors.rows} rows: {reason}") from error
-    return built
 
 
 def _copy_metadata(embeddings: str, manifest: Manifest, writer: IndexWriter) -> Metadata:
@@ -219,7 +172,7 @@ def _read_back(writer: IndexWriter, modality: str) -> Any:
 
 def _measure_one(part: dict[str, Any], built: Any, modality: str, vectors: Vectors, held_out: dict[str, Any]) -> None:
     part["recall"] = {}
-    with _timed(part["seconds"], "measure"):
+    with timed(part["seconds"], "measure"):
         for kind, (rows, found) in held_out.items():
             asked = recall.Queries(kind, found, rows if kind == modality else None)
             part["recall"][kind] = recall.measure(built.search, vectors, asked)
@@ -241,10 +194,3 @@ def _to_json(data: Any) -> bytes:
 def _peak_memory() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - started

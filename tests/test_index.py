@@ -13,8 +13,9 @@ import pytest
 from embedding_fakes import brute_force, make_embeddings, metadata_rows, random_rows, stored
 
 from clip_index import autofaiss_compat, storage
-from clip_index.index import EXACT_ROWS, build_index, choose, parse_memory, verify_index
-from clip_index.index_folder import IndexWriter
+from clip_index.families import EXACT_ROWS, choose
+from clip_index.index import build_index, parse_memory, verify_index
+from clip_index.index_writer import IndexWriter
 from clip_index.metadata import Metadata
 from clip_index.report import format_report
 from clip_index.search import Searcher
@@ -339,10 +340,36 @@ def test_a_remote_index_over_remote_embeddings(cache):
     assert list(cache.rglob("text.index")) == []
 
 
+FULL = """
+import resource, sys
+from clip_index.index import build_index
+from clip_index.types import ClipIndexError
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    build_index(sys.argv[1], sys.argv[2])
+except ClipIndexError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("limit", [2_000, 25_000])
+def test_no_room_for_a_file_leaves_the_old_index(tmp_path, both, limit):
+    big, folder = str(tmp_path / "big"), str(tmp_path / "i")
+    build_index(str(tmp_path / "e"), folder)
+    make_embeddings(big, {"image": random_rows(120, dim=200)})
+    full = subprocess.run([sys.executable, "-c", FULL, big, folder, str(limit)], capture_output=True, text=True)
+    assert full.stdout.startswith("cannot write"), full.stderr
+    assert "File too large" in full.stdout
+    assert verify_index(folder) == []
+    assert len(Searcher(folder).search(vector=np.ones(16))) == 10
+    assert not [name for name in os.listdir(folder) if name.startswith(".staging")]
+
+
 KILL = """
 import os, signal, sys
 import faiss
-from clip_index import index_folder, storage
+from clip_index import index_writer, storage
 from clip_index.index import build_index
 
 def kill(*_, **__):
@@ -361,11 +388,11 @@ if moment == "second index":
 elif moment == "before the marker":
     kill_at(storage, "write_bytes", 1)
 elif moment == "after the marker":
-    kill_at(index_folder, "_move", 1)
+    kill_at(index_writer, "_move", 1)
 elif moment == "among the moves":
-    kill_at(index_folder, "_move", 4)
+    kill_at(index_writer, "_move", 4)
 elif moment == "after the moves":
-    kill_at(index_folder, "_remove_folder", 1)
+    kill_at(index_writer, "_remove_folder", 1)
 build_index(sys.argv[1], sys.argv[2])
 """
 
