@@ -43,6 +43,16 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """So little work is done that threads would do nothing but wait for each other."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(before)
+
+
 @pytest.fixture
 def both(tmp_path):
     vectors = {"image": random_rows(120), "text": random_rows(120, seed=1)}
