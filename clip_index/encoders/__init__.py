@@ -1,0 +1,86 @@
+"""Names of models, and the one way to load them.
+
+A name is an entry of `MODELS`, or `PREFIX:REST` with a prefix of `PREFIXES`, or the path of a checkpoint, which is
+the prefix `path`. Each leads to a module of this package with a function `load`, imported when it is needed: a new
+model is one file and one line here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from clip_index.types import MODALITIES, Encoder, UsageError
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What `clip-index models` says of a model: `resolution` in pixels, `size_mb` of its weights, `module` here."""
+
+    module: str
+    dim: int
+    resolution: int
+    licence: str
+    size_mb: float
+    note: str
+
+
+MODELS: dict[str, ModelInfo] = {
+    "mini": ModelInfo(
+        module="mini",
+        dim=384,
+        resolution=224,
+        licence="Apache-2.0",
+        size_mb=33,
+        note="ships with the package; EfficientNet-Lite0 and MiniLM joined in one space, for trying things out",
+    ),
+}
+PREFIXES: dict[str, str] = {}
+
+
+def list_models() -> list[dict[str, Any]]:
+    """The models with a name of their own: name, dim, resolution, licence, size_mb, note."""
+    return [
+        {"name": name} | {key: value for key, value in asdict(info).items() if key != "module"}
+        for name, info in MODELS.items()
+    ]
+
+
+def load_encoder(
+    name: str = "mini",
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    towers: tuple[str, ...] = MODALITIES,
+    threads: int | None = None,
+) -> Encoder:
+    """Load a model by name, or the towers of it that are needed.
+
+    `device` is auto, cpu, cuda or cuda:N. `precision` is fp32, bf16, fp16 (CUDA only), or auto: the fastest that the
+    device has instructions for. `towers` names what will be encoded, `image` and `text`. `threads`, where given, sets
+    the number of CPU threads that torch uses in this process. Raises UsageError for an unknown name or choice.
+    """
+    module = _module(name)
+    if not towers or set(towers) - set(MODALITIES):
+        raise UsageError(f"unknown towers {towers!r}: choose from {', '.join(MODALITIES)}")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    return importlib.import_module(f"{__name__}.{module}").load(
+        name, device=device, precision=precision, towers=tuple(towers)
+    )
+
+
+def _module(name: str) -> str:
+    if name in MODELS:
+        return MODELS[name].module
+    prefix = "path" if os.path.exists(name) else name.partition(":")[0] if ":" in name else ""
+    if prefix in PREFIXES:
+        return PREFIXES[prefix]
+    near = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(MODELS)}"
+    raise UsageError(f"unknown model {name!r}: {hint} (clip-index models lists them)")

@@ -1,0 +1,80 @@
+"""The model that ships with the package: `mini`, two published towers joined in MiniLM's space.
+
+1. A caption's vector is MiniLM's own (all-MiniLM-L6-v2, 384 numbers).
+2. A picture's vector is made of such vectors: EfficientNet-Lite0 says which ImageNet classes it sees, and the
+   embeddings of the likeliest classes' names are averaged with their probabilities as weights (ConSE: Norouzi et
+   al., "Zero-Shot Learning by Convex Combination of Semantic Embeddings", 2014).
+
+The weights lie in `clip_index/data/mini`, one file a tower and `join.safetensors` for the second step.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from clip_index.encoders.mini_towers import ImageTower, SlicedLinear, TextTower, Weights
+from clip_index.encoders.runtime import DTYPES, resolve_device, resolve_precision
+from clip_index.preprocess import Preprocess
+from clip_index.types import normalize
+
+ASSET = Path(__file__).parent.parent / "data" / "mini"
+
+
+class Join:
+    """Pooled image features [n, 1280] to vectors in the text space [n, 384], by ConSE, in float32."""
+
+    def __init__(self, weights: Weights, *, top_k: int, temperature: float, device: torch.device):
+        like = torch.empty(0, device=device)
+        self.classifier = SlicedLinear(weights["classifier.weight"], weights["classifier.bias"], like=like)
+        self.classes = weights["classes"].to(like)
+        self.top_k, self.temperature = top_k, temperature
+
+    def __call__(self, features: Tensor) -> Tensor:
+        logits, classes = self.classifier(features).topk(self.top_k)
+        return ((logits / self.temperature).softmax(-1)[..., None] * self.classes[classes]).sum(1)
+
+
+class Mini:
+    """An `Encoder`; a tower that was not loaded raises AttributeError when used."""
+
+    name = "mini"
+
+    def __init__(self, folder: Path, *, device: torch.device, precision: str, towers: tuple[str, ...]):
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self.fingerprint: str = config["fingerprint"]
+        self.dim: int = config["dim"]
+        self.precision = precision
+        self.preprocess = Preprocess(**config["preprocess"])
+        where = {"device": device, "dtype": DTYPES[precision]}
+        if "image" in towers:
+            self._image = ImageTower(load_file(folder / "image.safetensors"), **where)
+            self._join = Join(load_file(folder / "join.safetensors"), **config["join"], device=device)
+        if "text" in towers:
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            self._text = TextTower(load_file(folder / "text.safetensors"), heads=config["text_heads"], **where)
+
+    def encode_image(self, images: np.ndarray) -> np.ndarray:
+        """uint8 [n, 224, 224, 3] to float32 [n, 384], unit rows."""
+        with torch.inference_mode():
+            return normalize(self._join(self._image(images)).cpu().numpy())
+
+    def encode_text(self, texts: list[str]) -> np.ndarray:
+        """n texts, cut at 256 tokens, to float32 [n, 384], unit rows."""
+        # one at a time: a batch would start the tokenizer's own threads beside torch's
+        ids = [self._tokenizer.encode(text).ids for text in texts]
+        with torch.inference_mode():
+            return normalize(self._text(ids).cpu().numpy())
+
+
+def load(name: str, *, device: str, precision: str, towers: tuple[str, ...]) -> Mini:
+    """The encoder `mini`, or the towers of it that are asked for."""
+    where = resolve_device(device)
+    return Mini(ASSET, device=where, precision=resolve_precision(precision, where), towers=towers)
