@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import threading
@@ -171,10 +172,12 @@ class Searcher:
 
                 config = self._folder.marker.config
                 encoder = load_encoder(config.encoder, device=self._device, towers=(tower,))
-                if encoder.fingerprint != config.fingerprint:
+                preprocess = encoder.preprocess.describe() if tower == "image" else config.preprocess
+                here = dataclasses.replace(config, fingerprint=encoder.fingerprint, preprocess=preprocess)
+                if differences := config.differences(here):
                     raise ClipIndexError(
-                        f"the index was made with another {config.encoder} (fingerprint {config.fingerprint}, here "
-                        f"{encoder.fingerprint}): embed and build again, or bring that model back"
+                        f"the index was made with another {config.encoder} ({'; '.join(differences)}): "
+                        f"bring that model back, or embed and build again"
                     )
                 self._encoders[tower] = encoder
             return self._encoders[tower]

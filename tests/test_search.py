@@ -20,10 +20,26 @@ from clip_index.types import ClipIndexError, Hit, SampleError, UsageError, norma
 DIM = 16
 
 
+class AverageColour:
+    size = 8
+
+    def describe(self):
+        return {"size": self.size}
+
+    def __call__(self, data):
+        try:
+            picture = Image.open(io.BytesIO(data))
+        except OSError as error:
+            raise SampleError("not a picture") from error
+        colour = np.asarray(picture.convert("RGB").resize((1, 1)), np.uint8).ravel()
+        return np.resize(colour, (4, 4, 3)), picture.size
+
+
 class FakeEncoder:
     """Texts become the row that their digits name; pictures the average colour."""
 
     fingerprint = FINGERPRINT
+    preprocess = AverageColour()
 
     def __init__(self, rows):
         self.rows = rows
@@ -34,15 +50,6 @@ class FakeEncoder:
     def encode_image(self, pixels):
         assert pixels.dtype == np.uint8
         return normalize(pixels.reshape(len(pixels), -1)[:, :DIM].astype(np.float32) + 1)
-
-    @staticmethod
-    def preprocess(data):
-        try:
-            picture = Image.open(io.BytesIO(data))
-        except OSError as error:
-            raise SampleError("not a picture") from error
-        colour = np.asarray(picture.convert("RGB").resize((1, 1)), np.uint8).ravel()
-        return np.resize(colour, (4, 4, 3)), picture.size
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +222,19 @@ def test_an_index_of_texts_alone(tmp_path, vectors, loaded, monkeypatch):
 
 
 def test_another_model_of_the_same_name_is_refused(index, loaded, monkeypatch):
-    monkeypatch.setattr(FakeEncoder, "fingerprint", "fedcba9876543210")
     searcher = Searcher(index)
+    monkeypatch.setattr(FakeEncoder, "fingerprint", "fedcba9876543210")
     assert len(searcher.search(vector=np.ones(DIM))) == 10
-    with pytest.raises(ClipIndexError, match="fingerprint 0123456789abcdef, here fedcba9876543210"):
+    with pytest.raises(ClipIndexError, match="fingerprint: 0123456789abcdef -> fedcba9876543210"):
         searcher.search("caption 7")
+
+
+def test_another_preprocessing_is_refused_for_pictures(index, loaded, monkeypatch):
+    searcher = Searcher(index)
+    monkeypatch.setattr(AverageColour, "size", 9)
+    assert len(searcher.search("caption 7")) == 10
+    with pytest.raises(ClipIndexError, match="size: 8 -> 9"):
+        searcher.search(image=Image.new("RGB", (3, 3)))
 
 
 def test_concurrent_searches_agree_with_serial_ones(index, vectors, loaded):
