@@ -1,4 +1,4 @@
-"""What commands say besides their tables: one JSON document on stdout, the next command on stderr."""
+"""What commands say besides their tables: JSON on stdout, notes and the next command on stderr."""
 
 from __future__ import annotations
 
@@ -28,3 +28,14 @@ def suggest(*words: str) -> None:
 def quote(word: str) -> str:
     """A word as a shell takes it; a plain text of several words in double quotes, as people write it."""
     return f'"{word}"' if " " in word and not set(word) & set('"$`\\!') else shlex.quote(word)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 shard`, `2,000 shards`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def beside(path: str, name: str) -> str:
+    """A path with another last part, as one would type it."""
+    folder, slash, _ = path.rstrip("/").rpartition("/")
+    return f"{folder}{slash}{name}"

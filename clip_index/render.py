@@ -82,6 +82,9 @@ def results_table(hits: Sequence[Hit], style: Style) -> str:
     rank = len(str(len(hits)))
     cells = _BAR_CELLS if style.width is None or style.width >= 80 else _BAR_CELLS // 2
     labels, places = [label(hit) for hit in hits], [place(hit) for hit in hits]
+    if style.width is not None:
+        here = os.path.join(os.getcwd(), "")
+        places = [path.removeprefix(here) for path in places]
     left, right = _columns(style.width, rank + 2 + 6 + 2 + cells + 2, labels, places)
     lines = []
     for position, hit in enumerate(hits):
@@ -135,12 +138,13 @@ def pad(text: str, cells: int) -> str:
     return text + " " * (cells - cells_of(text))
 
 
-def columns(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a table: the first row's keys as head, None as nothing."""
+def columns(rows: Sequence[Mapping[str, Any]], style: Style) -> str:
+    """Rows as a table: the first row's keys as head, None as nothing, lines cut to the terminal's width."""
     head = [str(key) for key in rows[0]]
     cells = [head, *([printable("" if value is None else str(value)) for value in row.values()] for row in rows)]
     widths = [max(map(cells_of, column)) for column in zip(*cells, strict=True)]
-    return "\n".join("  ".join(map(pad, line, widths)).rstrip() for line in cells)
+    lines = ["  ".join(map(pad, line, widths)).rstrip() for line in cells]
+    return "\n".join(lines if style.width is None else [cut(line, style.width) for line in lines])
 
 
 def to_json(document: Any, *, ascii_only: bool = False) -> str:

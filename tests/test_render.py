@@ -81,6 +81,15 @@ def test_a_pipe_gets_whole_paths():
     assert path in results_table([hit(0.5, path=path)], Style())
 
 
+def test_a_terminal_gets_paths_from_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hits = [hit(0.5, path=str(tmp_path / "a" / "b.jpg")), hit(0.5, path=f"{tmp_path}2/c.jpg")]
+    assert [line.split()[-1] for line in results_table(hits, Style(width=500)).splitlines()] == [
+        "a/b.jpg", f"{tmp_path}2/c.jpg",
+    ]  # fmt: skip
+    assert str(tmp_path / "a" / "b.jpg") in results_table(hits, Style())
+
+
 def test_colours_only_where_the_terminal_has_them():
     assert Style.of(Terminal(), {"TERM": "xterm"}).color
     assert not Style.of(Terminal(), {"TERM": "xterm", "NO_COLOR": "1"}).color
@@ -120,8 +129,9 @@ def test_cells():
 
 
 def test_columns_line_up():
-    table = columns([{"name": "mini", "dim": 384}, {"name": "犬", "dim": None}])
-    assert table.splitlines() == ["name  dim", "mini  384", "犬"]
+    rows = [{"name": "mini", "dim": 384}, {"name": "犬", "dim": None}]
+    assert columns(rows, Style()).splitlines() == ["name  dim", "mini  384", "犬"]
+    assert columns(rows, Style(width=7)).splitlines() == ["name  …", "mini  …", "犬"]
 
 
 def test_json_is_strict():

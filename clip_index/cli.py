@@ -1,0 +1,243 @@
+"""The commands, each a thin function: import what does the work, call it, print what it says, name the next command.
+
+A parameter's annotation and its line under `Args:` are all that the command line and its help are made from. Heavy
+modules are imported inside the functions, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from dataclasses import asdict
+from typing import Literal
+
+from clip_index import front_door
+from clip_index._version import __version__
+from clip_index.command import Program
+from clip_index.console import beside, count, note, print_json, suggest
+from clip_index.query import query
+
+
+def demo(*, output: str = "clip-index-demo") -> None:
+    """Embed, index and search the sample pictures that come with the package, offline.
+
+    Makes embeddings/, index/ and sheet.html in the output folder, and says how long each step took. It can be run
+    again: what is finished is kept.
+
+    Examples:
+        clip-index demo
+
+    Args:
+        output: folder for the results
+    """
+    from clip_index.demo import run
+
+    run(output)
+
+
+def embed(
+    input: str,
+    output: str,
+    *,
+    model: str = "mini",
+    input_format: Literal["auto", "files", "webdataset", "parquet"] = "auto",
+    modality: Literal["auto", "image", "text", "image,text"] = "auto",
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    devices: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    batch_size: int = 32,
+    rows_per_shard: int = 10_000,
+    max_failure_rate: float = 0.5,
+    update: bool = False,
+    retry_failed: bool = False,
+    dry_run: bool = False,
+    json: bool = False,
+) -> None:
+    """Embed pictures and captions into a folder of shards.
+
+    Run again, it goes on where it stopped. Samples that cannot be read are listed under failed/ and the exit status is
+    3.
+
+    Examples:
+        clip-index embed photos/ embeddings/
+        clip-index embed "dataset/{00000..00099}.tar" s3://bucket/embeddings
+        clip-index embed table.parquet embeddings/ --caption_column text
+        clip-index embed photos/ embeddings/ --dry_run
+
+    Args:
+        input: a folder of pictures, tars or parquet files; a path with braces or globs in quotes; or a URL
+        output: folder for the shards, local or a URL
+        model: what embeds; `clip-index models` lists the names
+        input_format: how the input is read
+        modality: what is embedded; auto takes what the input has
+        image_column: the parquet column with picture bytes or paths
+        caption_column: the parquet column with captions
+        devices: where the model runs, a worker each: cpu, cpu*4, cuda, cuda:0,cuda:1; auto takes every GPU
+        precision: the number format that the model computes in
+        batch_size: samples that go through the model at once
+        rows_per_shard: rows of a shard, where the input does not decide it
+        max_failure_rate: stop when a larger share of the samples fails
+        update: embed shards again whose input has changed
+        retry_failed: embed shards again that have failed samples
+        dry_run: say what would be done, from a few samples, and write nothing
+        json: print the plan or the summary as one JSON document
+    """
+    from clip_index.embed import embed, preview
+    from clip_index.embed_report import format_failures, format_preview, format_summary
+    from clip_index.progress import Bar
+
+    options = {
+        "model": model,
+        "input_format": input_format,
+        "modality": modality,
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "devices": devices,
+        "precision": precision,
+        "batch_size": batch_size,
+        "rows_per_shard": rows_per_shard,
+        "update": update,
+        "retry_failed": retry_failed,
+    }
+    if dry_run:
+        plan = preview(input, output, **options)
+        if json:
+            print_json(asdict(plan))
+        else:
+            print(format_preview(plan))
+        return
+    summary = embed(input, output, max_failure_rate=max_failure_rate, progress=Bar, **options)
+    if json:
+        print_json(asdict(summary))
+    else:
+        print(format_summary(summary))
+    if summary.failed:
+        note(format_failures(summary))
+    if not json:
+        suggest("build-index", output, beside(output, "index"))
+    if summary.failed:
+        raise SystemExit(front_door.FAILED_SAMPLES)
+
+
+def build_index(
+    embeddings: str,
+    index: str,
+    *,
+    memory: str = "4G",
+    index_key: str | None = None,
+    engine: Literal["auto", "faiss", "autofaiss"] = "auto",
+    recall_target: float = 0.95,
+    json: bool = False,
+) -> None:
+    """Build a kNN index over embeddings and measure its recall.
+
+    Examples:
+        clip-index build-index embeddings/ index/
+        clip-index build-index embeddings/ index/ --memory 500M
+        clip-index build-index embeddings/ index/ --index_key HNSW32
+
+    Args:
+        embeddings: the folder that `clip-index embed` wrote
+        index: folder for the index
+        memory: what the index may take in memory, such as 500M or 4G
+        index_key: the faiss index to build, instead of the one chosen for the size
+        engine: what builds it; auto is exact search below 100,000 rows and autofaiss above
+        recall_target: warn when recall@10 against exact search is below this
+        json: print the report as one JSON document
+    """
+    from clip_index.index import build_index
+    from clip_index.report import format_report
+
+    report = build_index(
+        embeddings, index, memory=memory, index_key=index_key, engine=engine, recall_target=recall_target
+    )
+    if json:
+        print_json(report)
+    else:
+        print(format_report(report))
+        suggest("query", "a dog", "--index", index)
+
+
+def verify(embeddings: str, *, json: bool = False) -> None:
+    """Check every file of a folder of embeddings against what its run recorded.
+
+    Markers, checksums, row counts and unit norms. The exit status is 1 if anything is wrong.
+
+    Examples:
+        clip-index verify embeddings/
+
+    Args:
+        embeddings: the folder that `clip-index embed` wrote
+        json: print one JSON document
+    """
+    from clip_index import store
+    from clip_index.types import ClipIndexError
+
+    problems = store.verify(embeddings)
+    if json:
+        print_json({"embeddings": embeddings, "ok": not problems, "problems": problems})
+    else:
+        for problem in problems:
+            print(problem)
+    if problems:
+        advice = "to embed a shard again, remove its marker in done/ and run embed"
+        raise ClipIndexError(f"{embeddings}: {count(len(problems), 'problem')}; {advice}")
+    if not json:
+        manifest = store.Manifest.load(embeddings)
+        shards, failed = count(len(manifest.ids), "shard"), count(manifest.failed, "failed sample")
+        print(f"{embeddings}: ok, {count(manifest.rows, 'row')} in {shards}, {failed}")
+        suggest("build-index", embeddings, beside(embeddings, "index"))
+
+
+def models(*, json: bool = False) -> None:
+    """List the models that `clip-index embed --model` takes.
+
+    Examples:
+        clip-index models
+
+    Args:
+        json: print one JSON document
+    """
+    from clip_index.encoders import list_models
+    from clip_index.render import Style, columns
+
+    table = list_models()
+    if json:
+        print_json(table)
+    else:
+        print(columns(table, Style.of(sys.stdout)))
+        suggest("embed", "photos", "embeddings", "--model", str(table[0]["name"]))
+
+
+PROGRAM = Program(
+    name="clip-index",
+    version=__version__,
+    summary="embed pictures and captions, build a kNN index, search it with words or pictures",
+    start=(
+        ("clip-index demo", "search 300 pictures now, offline"),
+        ("clip-index embed photos/ embeddings/", "then your own: embed them,"),
+        ("clip-index build-index embeddings/ index/", "build an index,"),
+        ('clip-index query "a dog"', "and search it"),
+    ),
+    commands={
+        "demo": demo,
+        "embed": embed,
+        "build-index": build_index,
+        "query": query,
+        "verify": verify,
+        "models": models,
+    },
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line, the process's own unless one is given; returns the exit status."""
+    if argv is None:
+        argv = sys.argv[1:]
+        if "--debug" not in argv and not sys.warnoptions:
+            warnings.simplefilter("ignore")  # a library's advice to programmers is not for users
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.reconfigure(errors="backslashreplace")  # a file name need not fit the terminal's encoding
+    return front_door.run(PROGRAM, argv)

@@ -1,0 +1,99 @@
+"""The `query` command: what it takes, and how an answer is shown."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Literal
+
+from clip_index._version import __version__
+from clip_index.console import note, print_json, suggest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from clip_index.types import Hit
+
+
+def query(
+    text: str | None = None,
+    *,
+    image: str | None = None,
+    k: int = 10,
+    index: str | None = None,
+    modality: Literal["image", "text"] | None = None,
+    device: str = "auto",
+    json: bool = False,
+    html: str | None = None,
+    pictures: Literal["auto", "kitty", "iterm", "blocks", "none"] = "auto",
+) -> None:
+    """Search an index with words, a picture, or a sum of both.
+
+    Scores are cosine similarities: compare them within one answer, not between models. Without --index the index is
+    $CLIP_INDEX, else ./index, else the one built last on this machine.
+
+    Examples:
+        clip-index query "a dog"
+        clip-index query --image photo.jpg --k 20
+        clip-index query "dog - snow"
+        clip-index query "2:dog + ./beach.jpg"
+        clip-index query "a dog" --html sheet.html
+        clip-index query "a dog" --json
+
+    Args:
+        text: what to look for; ` + ` and ` - ` add and subtract terms, `2:` before a term is its weight, and a path is
+            a picture
+        image: a picture to look for, added to the text if there is one
+        k: how many results
+        index: the folder that `clip-index build-index` wrote
+        modality: search among pictures or among captions; pictures if the index has them
+        device: where the model runs: cpu, cuda, cuda:1
+        json: print one JSON document
+        html: write a contact sheet, one HTML file with everything in it
+        pictures: how a terminal shows the best matches
+    """
+    from clip_index.types import UsageError
+
+    if not (text or "").strip() and image is None:
+        raise UsageError('query: nothing to search for: give a text, "a dog", or --image FILE')
+    if k < 1:
+        raise UsageError(f"--k {k}: expected 1 or more")
+    from clip_index.search import Searcher
+
+    searcher = Searcher(index, device=device)
+    hits = searcher.search(text, image=image, k=k, modality=modality)
+    asked = " + ".join(part for part in (text, image) if part)
+    if html:
+        from clip_index.readers import fetch
+        from clip_index.sheet import Section, write_sheet
+
+        section = Section(asked, hits, os.path.abspath(image) if image else "")
+        sheet = write_sheet(html, [section], fetch, footer=f"clip-index {__version__}, {searcher.path}")
+        note(f"sheet: {sheet}")
+    if json:
+        print_json([{"rank": rank, **hit.to_dict()} for rank, hit in enumerate(hits, 1)])
+        return
+    show(hits, pictures)
+    if not html:
+        flags = {"--image": image, "--index": index, "--html": "sheet.html"}
+        words = [word for flag, value in flags.items() if value for word in (flag, value)]
+        suggest("query", *([text] if text else []), *words)
+
+
+def show(hits: Sequence[Hit], pictures: str = "auto") -> None:
+    """Print results for people: small pictures where the terminal can show them, then the table."""
+    from clip_index.render import Style, results_table
+
+    style = Style.of(sys.stdout)
+    if pictures != "none" and style.width:
+        from clip_index import terminal
+
+        how = terminal.protocol(pictures, sys.stdout, style)
+        if how != "none" and hits:
+            from clip_index.readers import fetch
+            from clip_index.thumbnails import thumbnails
+
+            box = terminal.BOXES[how]
+            sources = [str(hit.meta.get("source") or "") for hit in hits[: box.capacity(style.width)]]
+            print(terminal.gallery(thumbnails(fetch, sources, box.pixels), how, style.width))
+    print(results_table(hits, style))
