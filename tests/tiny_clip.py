@@ -7,13 +7,16 @@ import torch
 from clip_index.clip.config import CLIPConfig, TextConfig, VisionConfig
 from clip_index.clip.model import CLIP
 
-TINY_TEXT = TextConfig(context_length=77, vocab_size=49408, width=64, heads=1, layers=2)
+# Threads cost more than they save on models of this size.
+torch.set_num_threads(1)
+
+TINY_TEXT = TextConfig(context_length=77, vocab_size=1000, width=64, heads=1, layers=2)
 TINY_VIT = CLIPConfig(32, VisionConfig(image_size=32, layers=2, width=128, patch_size=8), TINY_TEXT)
 TINY_RESNET = CLIPConfig(32, VisionConfig(image_size=64, layers=(1, 2, 1, 1), width=16, patch_size=None), TINY_TEXT)
 TINY_MIXER = CLIPConfig(
     32,
     VisionConfig(image_size=32, layers=2, width=64, patch_size=8, mixer=True),
-    TextConfig(width=64, heads=1, layers=2, mixer=True),
+    TextConfig(vocab_size=1000, width=64, heads=1, layers=2, mixer=True),
     "quickgelu",
 )
 
@@ -35,10 +38,10 @@ def random_images(config, n=5, seed=1):
     return torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def random_tokens(lengths, context=77, seed=2):
+def random_tokens(lengths, context=77, vocab=1000, seed=2):
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.zeros(len(lengths), context, dtype=torch.long)
     for row, length in zip(tokens, lengths, strict=True):
-        row[:length] = torch.randint(1, 49406, (length,), generator=generator)
-        row[0], row[length - 1] = 49406, 49407
+        row[:length] = torch.randint(1, vocab - 2, (length,), generator=generator)
+        row[0], row[length - 1] = vocab - 2, vocab - 1
     return tokens
