@@ -106,6 +106,8 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> Decoded:
         raise
     except UnidentifiedImageError:
         raise SampleError(_why_unidentified(data)) from None
+    except Image.DecompressionBombError as error:
+        raise SampleError(f"too many pixels: {str(error).partition(',')[0]}") from None
     except Exception as error:  # a decoder may raise anything at all on bytes made to confuse it
         raise SampleError(" ".join(f"cannot be decoded: {error or type(error).__name__}".split())[:200]) from error
 
