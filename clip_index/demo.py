@@ -11,7 +11,7 @@ from importlib.resources import files
 
 from clip_index import storage
 from clip_index.console import quote
-from clip_index.render import Style, results_table
+from clip_index.query import show
 
 QUERIES = ("a dog", "a musical instrument", "something to eat")
 _SHOWN = 3
@@ -25,6 +25,7 @@ def run(output: str, queries: tuple[str, ...] = QUERIES) -> None:
     """
     from clip_index.embed import embed
     from clip_index.index import build_index
+    from clip_index.progress import Bar
     from clip_index.readers import fetch
     from clip_index.search import Searcher
     from clip_index.sheet import Section, write_sheet
@@ -32,9 +33,9 @@ def run(output: str, queries: tuple[str, ...] = QUERIES) -> None:
     output = storage.absolute(output)
     embeddings, index, sheet = (storage.join(output, name) for name in ("embeddings", "index", "sheet.html"))
     started = time.monotonic()
-    print("clip-index demo: the sample pictures, the model mini, no network")
+    print("The sample pictures, with the model that comes with the package, offline:")
     with _step("embed") as done:
-        summary = embed(str(files("clip_index") / "data" / "sample"), embeddings)
+        summary = embed(str(files("clip_index") / "data" / "sample"), embeddings, progress=Bar)
         kept = " (kept from an earlier run)" if summary.new_rows == 0 else ""
         done.append(f"{summary.rows} pictures with captions{kept}")
     with _step("build-index") as done:
@@ -45,12 +46,11 @@ def run(output: str, queries: tuple[str, ...] = QUERIES) -> None:
         searcher.search(queries[0], k=1)
         done.append("the index and the text side of the model")
     sections = []
-    style = Style.of(sys.stdout)
     for text in queries:
         with _step("query") as done:
             hits = searcher.search(text, k=_ON_SHEET)
             done.append(f'"{text}"')
-        print(results_table(hits[:_SHOWN], style))
+        show(hits[:_SHOWN])
         sections.append(Section(text, hits))
     with _step("sheet") as done:
         write_sheet(sheet, sections, fetch, title="clip-index demo", footer=index)
