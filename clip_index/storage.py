@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from urllib.parse import quote, unquote_to_bytes
 
 from clip_index.types import ClipIndexError
 
@@ -82,9 +83,12 @@ def size(path: str) -> int:
 
 def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
     """A file's bytes, or `length` of them from `offset`. Raises FileNotFoundError."""
+    if length == 0:
+        return b""
     if is_url(path):
         fs, name = filesystem(path)
-        return fs.cat_file(name, start=offset, end=None if length is None else offset + length)
+        # an object store refuses a range of an empty object: ask for one only where one is meant
+        return fs.cat_file(name, start=offset or None, end=None if length is None else offset + length)
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read() if length is None else file.read(length)
@@ -93,12 +97,32 @@ def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
 def read_source(source: str) -> bytes:
     """The bytes that a metadata row's `source` names: a whole file, or `file#offset+length`."""
     found = _RANGE.match(source)
-    return read_bytes(found[1], int(found[2]), int(found[3])) if found else read_bytes(source)
+    path, offset, length = (found[1], int(found[2]), int(found[3])) if found else (source, 0, None)
+    return read_bytes(source_path(path), offset, length)
+
+
+def file_source(path: str) -> str:
+    """The `source` of a whole file: its path, or a percent-encoded file URL where the name is not valid Unicode."""
+    return path if is_unicode(path) else "file://" + quote(os.fsencode(path))
 
 
 def range_source(path: str, offset: int, length: int) -> str:
     """The `source` of `length` bytes at `offset` in a file."""
-    return f"{path}#{offset}+{length}"
+    return f"{file_source(path)}#{offset}+{length}"
+
+
+def source_path(source: str) -> str:
+    """The path that `file_source` was given."""
+    return os.fsdecode(unquote_to_bytes(source[len("file://") :])) if source.startswith("file://") else source
+
+
+def is_unicode(name: str) -> bool:
+    """Whether a name can be written as UTF-8; one that Python read from undecodable bytes cannot."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @contextmanager
@@ -123,8 +147,9 @@ def list_files(folder: str, suffixes: Iterable[str] = ()) -> list[tuple[str, int
     """(path relative to the folder, bytes) of every file below it, recursively, sorted by path.
 
     Suffixes are compared in lower case; none means all files. Folders behind symbolic links are followed, each real
-    folder once. Hidden files and folders (a leading dot) and temporary files are left out. A file is not left out for
-    being unreadable: its reader says so.
+    folder once, under its real name where that lies below the folder too. Hidden files and folders (a leading dot) and
+    temporary files are left out. A file is not left out for being unreadable, nor is a broken symbolic link (0 bytes):
+    its reader says so. Raises ClipIndexError for a folder that cannot be listed.
     """
     suffixes = tuple(suffixes)
     if is_url(folder):
@@ -140,24 +165,29 @@ def list_files(folder: str, suffixes: Iterable[str] = ()) -> list[tuple[str, int
 
 def _list_local(folder: str) -> Iterator[tuple[str, int]]:
     seen: set[tuple[int, int]] = set()
-    pending = [("", folder)]
-    while pending:
-        prefix, path = pending.pop()
-        info = os.stat(path)
-        if (info.st_dev, info.st_ino) in seen:
-            continue
-        seen.add((info.st_dev, info.st_ino))
-        with os.scandir(path) as entries:
-            for entry in sorted(entries, key=lambda entry: (entry.is_symlink(), entry.name), reverse=True):
-                if entry.name.startswith("."):
-                    continue
-                try:
-                    if entry.is_dir():
-                        pending.append((f"{prefix}{entry.name}/", entry.path))
-                    elif entry.is_file():
-                        yield f"{prefix}{entry.name}", entry.stat().st_size
-                except OSError:
-                    continue  # a symbolic link to itself
+    folders, links = [("", folder)], []
+    while folders or links:
+        prefix, path = folders.pop() if folders else links.pop(0)
+        try:
+            info = os.stat(path)
+            if (info.st_dev, info.st_ino) in seen:
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            raise ClipIndexError(f"cannot list {path}: {error.strerror}") from error
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            try:
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append((f"{prefix}{entry.name}/", entry.path))
+                elif entry.is_file():
+                    yield f"{prefix}{entry.name}", entry.stat().st_size
+                elif entry.is_symlink() and not os.path.exists(entry.path):
+                    yield f"{prefix}{entry.name}", 0
+            except OSError:
+                yield f"{prefix}{entry.name}", 0  # a symbolic link to itself, or a file that went away
 
 
 def _list_remote(folder: str) -> Iterator[tuple[str, int]]:
@@ -227,7 +257,7 @@ class Spool:
         if is_url(target):
             self.path = os.path.join(tempfile.gettempdir(), temporary)
         else:
-            make_folder(os.path.dirname(target))
+            make_folder(os.path.dirname(target) or os.curdir)
             self.path = os.path.join(os.path.dirname(target), temporary)
 
     def commit(self) -> None:

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from clip_index import storage
+from clip_index.types import ClipIndexError
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A folder of an S3 server on this machine."""
+    import boto3
+    import fsspec
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    keys["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in keys.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        yield "s3://bucket/folder"
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def root(request, tmp_path):
+    """A folder on each kind of storage."""
+    if request.param == "s3":
+        return f"{request.getfixturevalue('bucket')}/{request.node.originalname}"
+    return str(tmp_path) if request.param == "local" else f"memory://test_storage/{request.node.originalname}"
+
+
+def test_files_are_written_listed_read_and_removed(root):
+    for name, data in {
+        "a/1.txt": b"0123456789",
+        "a/b/2.TXT": b"",
+        "c.jpg": b"x",
+        "a/.h": b"x",
+        ".d/3.txt": b"x",
+    }.items():
+        storage.write_bytes(storage.join(root, *name.split("/")), data)
+    path = storage.join(root, "a", "1.txt")
+    assert storage.list_files(root) == [("a/1.txt", 10), ("a/b/2.TXT", 0), ("c.jpg", 1)]
+    assert storage.list_files(root, [".txt"]) == [("a/1.txt", 10), ("a/b/2.TXT", 0)]
+    assert storage.list_names(root) == [".d", "a", "c.jpg"]
+    assert storage.exists(path) and storage.size(path) == 10 and not storage.is_folder(path)
+    assert storage.is_folder(root) and not storage.exists(storage.join(root, "no"))
+    assert storage.read_bytes(path) == b"0123456789"
+    assert storage.read_bytes(path, 3, 4) == b"3456"
+    assert storage.read_bytes(path, 8) == b"89"
+    assert storage.read_bytes(path, 8, 10) == b"89"
+    assert storage.read_bytes(path, 3, 0) == b""
+    assert storage.read_bytes(storage.join(root, "a", "b", "2.TXT")) == b""
+    assert storage.read_source(storage.range_source(path, 2, 3)) == b"234"
+    with storage.open_read(path) as file:
+        file.seek(4)
+        assert file.read(2) == b"45"
+    storage.remove(path)
+    storage.remove(path)
+    assert not storage.exists(path)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(path)
+
+
+def test_a_file_appears_whole_or_not_at_all(root):
+    target = storage.join(root, "file")
+    storage.write_bytes(target, b"old")
+    with pytest.raises(ZeroDivisionError), storage.open_atomic(target) as file:
+        file.write(b"half")
+        1 / 0  # noqa: B018
+    assert storage.read_bytes(target) == b"old" and storage.list_names(root) == ["file"]
+    with storage.open_atomic(target) as file:
+        file.write(b"new")
+        assert storage.read_bytes(target) == b"old"
+    assert storage.read_bytes(target) == b"new" and storage.list_names(root) == ["file"]
+
+
+def test_patterns_expand_to_files(root):
+    for name in ("0", "1", "2", "10"):
+        storage.write_bytes(storage.join(root, f"{name}.tar"), b"x")
+
+    def expand(pattern):
+        return [path.rsplit("/", 1)[-1] for path in storage.expand(f"{root}/{pattern}")]
+
+    assert expand("1.tar") == ["1.tar"]
+    assert expand("{2,0..1}.tar") == ["2.tar", "0..1.tar"]
+    assert expand("{0..2}.tar") == ["0.tar", "1.tar", "2.tar"]
+    assert expand("*.tar") == ["0.tar", "1.tar", "10.tar", "2.tar"]
+    assert expand("{2,1}*.tar") == ["2.tar", "1.tar", "10.tar"]
+    assert all(storage.read_bytes(path) == b"x" for path in storage.expand(f"{root}/*.tar"))
+    with pytest.raises(ClipIndexError, match=r"nothing matches .*x\*\.tar"):
+        expand("x*.tar")
+
+
+def test_a_name_with_magic_characters_is_itself_where_it_exists(tmp_path):
+    for name in ("a[1].tar", "{b}.tar", "c[0]2.tar"):
+        (tmp_path / name).write_bytes(b"x")
+    assert storage.expand(f"{tmp_path}/a[1].tar") == [f"{tmp_path}/a[1].tar"]
+    assert storage.expand(f"{tmp_path}/{{b}}.tar") == [f"{tmp_path}/{{b}}.tar"]
+    assert storage.expand(f"{tmp_path}/c[0]{{2,2}}.tar") == [f"{tmp_path}/c[0]2.tar"] * 2
+
+
+def test_paths():
+    assert storage.absolute("~") == os.path.expanduser("~")
+    assert storage.absolute("a/../b/") == os.path.join(os.getcwd(), "b")
+    assert storage.absolute("file:///a/b") == "/a/b"
+    assert storage.absolute("s3://a/b/") == "s3://a/b"
+    assert storage.join("s3://a/", "b", "c") == "s3://a/b/c"
+    assert storage.is_url("memory://x") and not storage.is_url("C:/x") and not storage.is_url("/a://b")
+
+
+def test_a_relative_target_is_written_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    storage.write_bytes("file", b"x")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_sources_name_any_path(tmp_path):
+    for name in (b"plain.jpg", b"with #5+3.jpg", b"100%41.jpg", b"caf\xe9 #1.jpg"):
+        path = os.fsdecode(os.path.join(os.fsencode(str(tmp_path)), name))
+        try:
+            with open(path, "wb") as file:
+                file.write(b"0123456789")
+        except OSError:  # a file system that takes no such name needs no source for it
+            continue
+        whole, part = storage.file_source(path), storage.range_source(path, 4, 2)
+        assert (whole + part).encode()
+        assert storage.source_path(whole) == path
+        assert storage.read_source(whole) == b"0123456789" and storage.read_source(part) == b"45"
+
+
+def test_links_are_followed_once_and_broken_ones_listed(tmp_path):
+    (tmp_path / "z").mkdir()
+    (tmp_path / "z" / "file").write_bytes(b"xy")
+    (tmp_path / "a").symlink_to(tmp_path / "z")
+    (tmp_path / "z" / "up").symlink_to(tmp_path)
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    (tmp_path / "link").symlink_to(tmp_path / "z" / "file")
+    os.mkfifo(tmp_path / "pipe")
+    assert storage.list_files(str(tmp_path)) == [("gone", 0), ("link", 2), ("self", 0), ("z/file", 2)]
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    scandir = os.scandir
+
+    def guarded(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(ClipIndexError, match=r"cannot list .*locked: Permission denied"):
+        storage.list_files(str(tmp_path))
+
+
+def test_temporaries_are_not_listed_and_can_be_removed(tmp_path):
+    spool = storage.Spool(str(tmp_path / "file"))
+    with open(spool.path, "wb") as file:
+        file.write(b"x")
+    assert storage.list_files(str(tmp_path)) == []
+    storage.remove_temporaries(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+    spool.discard()
