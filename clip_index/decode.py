@@ -96,12 +96,7 @@ def _decode_with_pillow(data: bytes, max_pixels: int) -> Decoded:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_pixels(*image.size, max_pixels)
-            image.load()
-            exif = image.info.get("exif")
-            # Pillow turns TIFF while it loads, and gives PNG texts the names that their authors chose
-            stored = isinstance(exif, bytes) and image.format != "TIFF"
-            orientation = exif_orientation(exif.removeprefix(b"Exif\0\0")) if stored else 1
-            return Decoded(_rgb(image), orientation, *_turned(orientation, *image.size))
+            return decode_image(image)
     except (SampleError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -117,6 +112,16 @@ def _why_unidentified(data: bytes) -> str:
         return "the header is damaged or truncated"
     looks = "looks like HTML or XML" if data[:256].lstrip()[:1] == b"<" else f"begins with {data[:8]!r}"
     return f"not one of {', '.join(FORMATS)}: it {looks}"
+
+
+def decode_image(image: Image.Image) -> Decoded:
+    """An opened picture as `decode` gives the bytes of its file."""
+    image.load()
+    exif = image.info.get("exif")
+    # Pillow turns TIFF while it loads, and gives PNG texts the names that their authors chose
+    stored = isinstance(exif, bytes) and image.format != "TIFF"
+    orientation = exif_orientation(exif.removeprefix(b"Exif\0\0")) if stored else 1
+    return Decoded(_rgb(image), orientation, *_turned(orientation, *image.size))
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clip_index.decode import MAX_PIXELS, decode, upright
+from clip_index.decode import MAX_PIXELS, Decoded, decode, decode_image, upright
 from clip_index.types import ClipIndexError, UsageError
 
 VERSION = 1
@@ -69,17 +69,12 @@ class Preprocess:
     def __call__(self, data: bytes) -> tuple[np.ndarray, tuple[int, int]]:
         """(uint8 [size, size, 3], (width, height) of the whole picture, upright). Raises SampleError."""
         needed = self.resized if self.preset == "fast" else None
-        pixels, orientation, width, height = decode(data, self.max_pixels, needed)
-        resized = self.resized(width, height)
-        left, top = (self._spare(side) for side in resized)
-        if resized[0] * resized[1] > _WIDEST * self.size**2:
-            window = (left, top, left + self.size, top + self.size)
-            square = _resize_window(upright(pixels, orientation), resized, window, self.interpolation)
-        else:
-            # resized as it is stored and turned afterwards, when it is small
-            stored = resized[::-1] if orientation >= 5 else resized
-            square = self._crop_or_pad(upright(_resize(pixels, stored, self.interpolation), orientation), left, top)
-        return np.ascontiguousarray(square), (width, height)
+        decoded = decode(data, self.max_pixels, needed)
+        return self._square(decoded), (decoded.width, decoded.height)
+
+    def from_image(self, image: Image.Image) -> np.ndarray:
+        """uint8 [size, size, 3] of an opened picture: what its file would give."""
+        return self._square(decode_image(image))
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) that an upright picture is scaled to, before the crop or the padding."""
@@ -109,6 +104,19 @@ class Preprocess:
                 f"this clip-index has version {VERSION}; install the one that embedded the pictures, or embed again"
             )
         return cls(**settings)
+
+    def _square(self, decoded: Decoded) -> np.ndarray:
+        pixels, orientation, width, height = decoded
+        resized = self.resized(width, height)
+        left, top = (self._spare(side) for side in resized)
+        if resized[0] * resized[1] > _WIDEST * self.size**2:
+            window = (left, top, left + self.size, top + self.size)
+            square = _resize_window(upright(pixels, orientation), resized, window, self.interpolation)
+        else:
+            # resized as it is stored and turned afterwards, when it is small
+            stored = resized[::-1] if orientation >= 5 else resized
+            square = self._crop_or_pad(upright(_resize(pixels, stored, self.interpolation), orientation), left, top)
+        return np.ascontiguousarray(square)
 
     def _spare(self, side: int) -> int:
         """Where the square begins in a longer side, or (negative) the side in the square."""
