@@ -16,6 +16,7 @@ from clip_index.vectors import Vectors
 ENGINES = ("auto", "autofaiss", "faiss")
 EXACT_KEY = "SQfp16"
 """Exact search over float16, as the shards hold already: half of Flat's bytes and half of its time."""
+EXACT_KEYS = (EXACT_KEY, "Flat")
 EXACT_ROWS = 100_000
 """Below this an exact scan answers within some 10 ms on one thread, and there is nothing to tune."""
 _TRAINING_ROWS = 100_000

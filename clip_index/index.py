@@ -31,6 +31,7 @@ from clip_index.store import Manifest
 from clip_index.types import ClipIndexError, UsageError
 from clip_index.vectors import Vectors
 
+_EXACT_QUERIES = 100  # exact search needs no estimate, only a check
 _WARM_UP = 10
 _SPEED_QUERIES, _SPEED_K = 200, 40  # as many neighbours as autofaiss asks for when it measures
 
@@ -50,7 +51,7 @@ def build_index(
 
     `memory` bounds what autofaiss may use ("4G", or bytes). `index_key` is a faiss factory string; without it, sets of
     less than 100,000 rows are searched exactly and autofaiss chooses for larger ones. `engine` is "auto", "faiss" or
-    "autofaiss". `queries` is how many of each modality recall is measured with.
+    "autofaiss". `queries` is how many of each modality recall is measured with, at most.
 
     Returns the report that also lies in report.json; `clip_index.report.format_report` makes a table of it. An index
     that was in the folder serves until the new one is complete. Raises UsageError for bad arguments, ClipIndexError
@@ -79,9 +80,11 @@ def build_index(
     report |= {"rows": manifest.rows, "dim": config.dim, "recall_target": recall_target, "indices": {}, "warnings": []}
     with IndexWriter(index) as writer:
         metadata = _copy_metadata(embeddings, manifest, writer)
-        held_out = _held_out(matrices, metadata, queries)
+        engine, key = families.choose(manifest.rows, engine, index_key)
+        exact = key in families.EXACT_KEYS
+        held_out = _held_out(matrices, metadata, min(queries, _EXACT_QUERIES) if exact else queries)
         for modality, vectors in matrices.items():
-            part = _build_one(writer, modality, vectors, (engine, index_key), limit, verbose)
+            part = _build_one(writer, modality, vectors, (engine, key), limit, verbose)
             built = _read_back(writer, modality)
             _measure_one(part, built, modality, vectors, held_out)
             report["warnings"] += below_target(modality, part, recall_target)
@@ -112,11 +115,11 @@ def parse_memory(memory: str | int) -> int:
 
 
 def _build_one(
-    writer: IndexWriter, modality: str, vectors: Vectors, wanted: tuple[str, str | None], memory: int, verbose: bool
+    writer: IndexWriter, modality: str, vectors: Vectors, family: tuple[str, str | None], memory: int, verbose: bool
 ) -> dict[str, Any]:
     import faiss
 
-    engine, key = families.choose(vectors.rows, *wanted)
+    engine, key = family
     seconds: dict[str, float] = {}
     built, key, parameters = families.make(vectors, engine, key, memory=memory, seconds=seconds, verbose=verbose)
     if built.ntotal != vectors.rows or built.d != vectors.dim:

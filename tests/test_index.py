@@ -77,7 +77,7 @@ def test_an_exact_index_agrees_with_brute_force_and_reports_so(tmp_path, both):
         np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
         part = report["indices"][modality]
         assert (part["index_key"], part["engine"]) == ("SQfp16", "faiss")
-        assert {kind: found["queries"] for kind, found in part["recall"].items()} == {"image": 120, "text": 80}
+        assert {kind: found["queries"] for kind, found in part["recall"].items()} == {"image": 100, "text": 80}
         for found in part["recall"].values():
             assert all(found[f"recall@{k}"] == {"mean": 1.0, "interval": 0.0} for k in (1, 10, 100))
     assert (report["rows"], report["dim"], report["warnings"]) == (120, 16, [])

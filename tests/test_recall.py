@@ -40,16 +40,18 @@ def test_exact_neighbours_agree_with_brute_force(tmp_path, monkeypatch, block):
     vectors = matrix(tmp_path, rows, shard_rows=[50, 0, 149, 1])
     blocks = vectors.blocks
     monkeypatch.setattr(vectors, "blocks", lambda: blocks(block))
-    found = exact_neighbours(vectors, Queries("image", queries), 10)
+    scores, found = exact_neighbours(vectors, Queries("image", queries), 10)
     np.testing.assert_array_equal(found, brute_force(stored(rows), queries, 10))
+    np.testing.assert_allclose(scores, scores_of(vectors, queries, found), atol=1e-6)
     own = np.arange(20)
-    found = exact_neighbours(vectors, Queries("image", vectors.take(own), own), 10)
+    _, found = exact_neighbours(vectors, Queries("image", vectors.take(own), own), 10)
     np.testing.assert_array_equal(found, brute_force(stored(rows), stored(rows)[:20], 11)[:, 1:])
 
 
 def test_exact_neighbours_pad_where_there_are_too_few_rows(tmp_path):
     vectors = matrix(tmp_path, random_rows(3), shard_rows=[3])
-    found = exact_neighbours(vectors, Queries("image", vectors.take([1]), np.array([1])), 5)
+    scores, found = exact_neighbours(vectors, Queries("image", vectors.take([1]), np.array([1])), 5)
+    assert list(np.isfinite(scores[0])) == [True, True, False, False, False]
     assert set(found[0, :2]) == {0, 2}
     assert list(found[0, 2:]) == [-1, -1, -1]
 
