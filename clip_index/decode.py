@@ -46,7 +46,7 @@ def decode(
 ) -> Decoded:
     """Decode a picture. Raises SampleError with one short reason; a truncated file is refused, not filled up with grey.
 
-    `needed`, where given, gets the upright (width, height) and returns the least one that will do: a JPEG may then
+    `needed`, where given, gets the (width, height) as stored and returns the least one that will do: a JPEG may then
     come out smaller, as libjpeg-turbo halves it up to three times while it decodes.
     """
     if not data:
@@ -75,7 +75,7 @@ def _decode_jpeg(data: bytes, max_pixels: int, needed: Callable[[int, int], tupl
     orientation = jpeg_orientation(data)
     least = (0, 0)
     if needed is not None:
-        wanted = _turned(orientation, *needed(*_turned(orientation, width, height)))
+        wanted = needed(width, height)
         # the factors that libjpeg-turbo has vector code for
         halved = ((-(-width // n), -(-height // n)) for n in (8, 4, 2))
         least = next((small for small in halved if small[0] >= wanted[0] and small[1] >= wanted[1]), least)

@@ -77,7 +77,7 @@ class Preprocess:
         return self._square(decode_image(image))
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) that an upright picture is scaled to, before the crop or the padding."""
+        """(width, height) that a picture is scaled to, before the crop or the padding; a turned one gives it turned."""
         size = self.size
         if self.resize_mode == "squash":
             return size, size
