@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import TYPE_CHECKING, Literal
 
@@ -63,18 +62,19 @@ def query(
     searcher = Searcher(index, device=device)
     hits = searcher.search(text, image=image, k=k, modality=modality)
     asked = " + ".join(part for part in (text, image) if part)
+    if json:
+        print_json([{"rank": rank, **hit.to_dict()} for rank, hit in enumerate(hits, 1)])
+    else:
+        show(hits, pictures)
     if html:
+        from clip_index import storage
         from clip_index.readers import fetch
         from clip_index.sheet import Section, write_sheet
 
-        section = Section(asked, hits, os.path.abspath(image) if image else "")
+        section = Section(asked, hits, storage.absolute(image) if image else "")
         sheet = write_sheet(html, [section], fetch, footer=f"clip-index {__version__}, {searcher.path}")
         note(f"sheet: {sheet}")
-    if json:
-        print_json([{"rank": rank, **hit.to_dict()} for rank, hit in enumerate(hits, 1)])
-        return
-    show(hits, pictures)
-    if not html:
+    elif not json:
         flags = {"--image": image, "--index": index, "--html": "sheet.html"}
         words = [word for flag, value in flags.items() if value for word in (flag, value)]
         suggest("query", *([text] if text else []), *words)

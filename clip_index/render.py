@@ -55,8 +55,9 @@ def weaker_from(scores: Sequence[float]) -> int | None:
 
 
 def label(hit: Hit) -> str:
-    """What a hit is called: its caption, else its key."""
-    return " ".join(printable(str(hit.meta.get("caption") or hit.key)).split())
+    """What a hit is called: its caption, else its key; nothing where its path says that already."""
+    text = str(hit.meta.get("caption") or ("" if place(hit).endswith(hit.key) else hit.key))
+    return " ".join(printable(text).split())
 
 
 def place(hit: Hit) -> str:
@@ -94,7 +95,7 @@ def results_table(hits: Sequence[Hit], style: Style) -> str:
         faint = weaker is not None and position >= weaker
         shown = _bar(hit.score / best if best > 0 else 0.0, cells, style.blocks)
         line = f"{position + 1:>{rank}}  {hit.score:6.3f}  {style.paint(shown, '2' if faint else '36')}  "
-        line += pad(cut(labels[position], left), left) + "  "
+        line += pad(cut(labels[position], left), left) + "  " * (left > 0)
         line += style.paint(cut(places[position], right, keep_end=True), "2")
         lines.append(line.rstrip())
     return "\n".join(lines)

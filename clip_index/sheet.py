@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from clip_index import storage
 from clip_index.render import label, place, printable, weaker_from
 from clip_index.thumbnails import thumbnails, to_data_uri
-from clip_index.types import Hit
+from clip_index.types import ClipIndexError, Hit
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,7 +105,7 @@ def write_sheet(
 ) -> str:
     """Write a contact sheet of one or several queries; returns its absolute path or URL.
 
-    `fetch` gives a picture's bytes for a row's `source`. Raises OSError where the sheet cannot be written.
+    `fetch` gives a picture's bytes for a row's `source`. Raises ClipIndexError where the sheet cannot be written.
     """
     path = storage.absolute(path)
     title = title or sections[0].query
@@ -119,7 +119,10 @@ def write_sheet(
         sections="\n".join(_section(section, fetch, heading=not single) for section in sections),
         footer=_text(footer),
     )
-    storage.write_bytes(path, page.encode("utf-8"))
+    try:
+        storage.write_bytes(path, page.encode("utf-8"))
+    except OSError as error:
+        raise ClipIndexError(f"cannot write {path}: {error.strerror or error}") from error
     return path
 
 
@@ -154,14 +157,14 @@ def _source(hit: Hit) -> str:
 
 
 def _card(rank: int, hit: Hit, picture: Image | None, fraction: float) -> str:
-    name, shown_name = _text(label(hit)), True
+    name = _text(label(hit))
     if picture is not None:
         size = f'width="{picture.width}" height="{picture.height}"'
-        shown = f'<img src="{to_data_uri(picture)}" alt="{name}" {size}>'
+        shown = f'<img src="{to_data_uri(picture)}" alt="{name or _text(place(hit))}" {size}>'
     elif place(hit):
         shown = "<span>the picture could not be read</span>"
     else:
-        shown, shown_name = f"<q>{name}</q>", False
+        shown, name = f"<q>{name}</q>", ""
     link = _link(_source(hit)) if picture is not None else None
     frame = f'<a class="frame" href="{escape(link)}">{shown}</a>' if link else f'<div class="frame">{shown}</div>'
     percent = round(100 * min(1.0, max(0.0, fraction)))
@@ -169,7 +172,7 @@ def _card(rank: int, hit: Hit, picture: Image | None, fraction: float) -> str:
     return f"""<li><figure>{frame}<figcaption>
 <div class="score"><span>{rank}</span><b>{hit.score:.3f}</b>
 <div class="track" aria-hidden="true"><span style="width:{percent}%"></span></div></div>
-{f'<div class="name">{name}</div>' if shown_name else ""}
+{f'<div class="name">{name}</div>' if name else ""}
 <div class="path">{path}</div>
 </figcaption></figure></li>"""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from typing import Literal
@@ -176,6 +177,26 @@ def test_a_command_may_choose_its_exit_status(capsys):
 def python(code: str, *, stdout=subprocess.PIPE, **environment: str) -> subprocess.CompletedProcess:
     env = {**os.environ, **environment}
     return subprocess.run([sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True, env=env)
+
+
+WAITING = """
+import sys, time
+from clip_index import front_door
+from clip_index.command import Program
+def wait() -> None:
+    print("waiting", flush=True)
+    time.sleep(60)
+sys.exit(front_door.run(Program("tool", "1", "", (), {"wait": wait}), ["wait"]))
+"""
+
+
+def test_control_c_ends_in_one_line():
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", WAITING], **pipes) as process:
+        assert process.stdout.readline() == "waiting\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == ("", "tool: interrupted\n")
+        assert process.returncode == 130
 
 
 LONG = """

@@ -37,7 +37,7 @@ ROOMS = {
         "clip", top="types storage locations preprocess numpy torch", late="safetensors huggingface_hub ftfy regex"
     ),
     "encoders": Room("encoders", top="types preprocess clip numpy torch safetensors tokenizers"),
-    "executors": Room("executors", top="types", late="pyspark"),
+    "executors": Room("executors cluster", top="types", late="pyspark"),
     "embed": Room(
         "embed embed_job progress",
         top="types storage store readers executors numpy",

@@ -113,8 +113,12 @@ def test_nothing_found_is_said():
     assert results_table([], Style()) == "nothing found"
 
 
-def test_a_hit_without_a_caption_is_called_by_its_key():
+def test_a_hit_without_a_caption_is_called_by_its_key_unless_the_path_ends_in_it():
     assert label(hit(1, "")) == label(hit(1, None)) == "pets/rex"
+    assert label(hit(1, None, "/data/pets/rex.jpg", "pets/rex.jpg")) == ""
+    assert label(hit(1, None, "", "00042")) == "00042"
+    table = results_table([hit(0.5, None, "/data/a.jpg", "a.jpg")], Style())
+    assert table == "1   0.500  ████████████████  /data/a.jpg"
 
 
 def test_cells():

@@ -10,7 +10,7 @@ from PIL import Image
 
 from clip_index import storage
 from clip_index.sheet import Section, write_sheet
-from clip_index.types import Hit
+from clip_index.types import ClipIndexError, Hit
 
 VOID = {"meta", "img", "wbr"}
 
@@ -89,7 +89,7 @@ def test_several_queries_have_a_heading_each(tmp_path, picture):
 
 
 EVIL = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)", "</style></title>",
-        "&lt;b&gt;", "{0} {title}", "\x00\x1b[2J", "\udcff", "]]>"]  # fmt: skip
+        "&lt;b&gt;", "{0} {title}", "\x00\x1b[2J", "x\udcff", "]]>"]  # fmt: skip
 
 
 @pytest.mark.parametrize("evil", EVIL)
@@ -147,6 +147,16 @@ def test_bars_are_relative_to_the_best(tmp_path, picture):
 def test_the_picture_searched_with_is_shown(tmp_path, picture):
     page = sheet(tmp_path, Section("rex.png", [], asked=str(picture)))
     assert [image["class"] for image in page.all("img")] == ["asked"]
+
+
+def test_a_picture_without_a_caption_is_described_by_its_path(tmp_path, picture):
+    page = sheet(tmp_path, Section("q", [hit(0.5, picture, None, "/data/a.png", "a.png")]))
+    assert page.all("img")[0]["alt"] == "/data/a.png" and page.text.count("a.png") == 1
+
+
+def test_a_sheet_that_cannot_be_written_names_its_path(tmp_path, picture):
+    with pytest.raises(ClipIndexError, match=f"cannot write {tmp_path}: "):
+        write_sheet(str(tmp_path), [Section("q", [])], storage.read_source)
 
 
 def test_a_sheet_goes_to_any_file_system(picture):
