@@ -7,6 +7,7 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from s3_server import bucket  # noqa: F401 - a fixture
 
 from clip_index import storage
 from clip_index.readers import READERS, fetch, open_reader
@@ -168,6 +169,25 @@ for name in sys.argv[2:]:
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[:2] == ["files ['numpy']", "tars ['numpy']"]
     assert not {"torch", "PIL", "faiss"} & set(lines[2].split("'"))
+
+
+def test_every_format_is_read_from_an_object_store(bucket, tmp_path):  # noqa: F811
+    for name in ("files/sub/a.jpg", "files/sub/b.jpg", "tars/0.tar", "tars/1.tar", "tables/0.parquet"):
+        storage.write_bytes(f"{bucket}/{name}", storage.read_bytes(make(tmp_path / name)))
+    storage.write_bytes(f"{bucket}/files/empty.jpg", b"")
+    storage.write_bytes(f"{bucket}/tars/2.tar", storage.read_bytes(f"{bucket}/tars/0.tar")[:512])
+    sources = {"files": ["empty.jpg", "sub/a.jpg", "sub/b.jpg"], "files/sub/a.jpg": ["a.jpg"]}
+    sources |= {"tars": ["0/0", "1/0", "2#damaged"], "tars/{1,0}.tar": ["1/0", "0/0"], "tars/[01].tar": ["0/0", "1/0"]}
+    sources |= {"tables": ["0/0"], "tables/0.parquet": ["0/0"]}
+    for source, keys in sources.items():
+        reader = open_reader(f"{bucket}/{source}")
+        samples = [sample for task in reader.plan(10) for sample in reader.read(task)]
+        assert [sample.key for sample in samples] == keys
+        good = [sample for sample in samples if sample.error is None]
+        assert len(good) == len([key for key in keys if key not in ("empty.jpg", "2#damaged")])
+        assert all(sample.image == fetch(sample.source) == b"x" for sample in good)
+    with pytest.raises(UsageError, match="no such file or folder: s3://bucket/nothing"):
+        open_reader(f"{bucket}/nothing")
 
 
 def test_a_remote_folder_is_looked_into(tmp_path):

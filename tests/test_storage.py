@@ -3,30 +3,10 @@ from __future__ import annotations
 import os
 
 import pytest
+from s3_server import bucket  # noqa: F401 - a fixture
 
 from clip_index import storage
 from clip_index.types import ClipIndexError
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """A folder of an S3 server on this machine."""
-    import boto3
-    import fsspec
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
-    keys["AWS_ENDPOINT_URL"] = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in keys.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="bucket")
-        yield "s3://bucket/folder"
-        fsspec.get_filesystem_class("s3").clear_instance_cache()
-    server.stop()
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
