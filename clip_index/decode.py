@@ -29,6 +29,8 @@ _SIGNATURES = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\
 MAX_PIXELS = 178_956_970
 """Pillow's own limit, above which it refuses to open a picture."""
 
+_BAND_ROWS = 256
+
 _ON_PILLOW = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
@@ -125,7 +127,7 @@ def decode_image(image: Image.Image) -> Decoded:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
-    """uint8 [h, w, 3] of any Pillow mode, on white where it is transparent."""
+    """uint8 [h, w, 3] of any Pillow mode."""
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if image.mode.startswith("I;16") or image.format == "PNG":
@@ -133,15 +135,23 @@ def _rgb(image: Image.Image) -> np.ndarray:
         else:
             grey = _guess_levels(values)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
-        if image.mode != "RGBA":
-            image = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, "white")
-        canvas.paste(image, mask=image.getchannel("A"))
-        image = canvas
-    elif image.mode != "RGB":
-        image = image.convert("RGB")
-    return np.array(image)
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    # in bands, so that a large picture is not in memory three times over
+    for top in range(0, image.height, _BAND_ROWS):
+        bottom = min(top + _BAND_ROWS, image.height)
+        pixels[top:bottom] = _on_white(image.crop((0, top, image.width, bottom)))
+    return pixels
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """The picture in RGB, white where it is transparent."""
+    if not image.has_transparency_data:
+        return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode != "RGBA":
+        image = image.convert("RGBA")
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
 
 
 def _guess_levels(values: np.ndarray) -> np.ndarray:
