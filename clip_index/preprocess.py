@@ -142,10 +142,11 @@ def _resize(pixels: np.ndarray, size: tuple[int, int], interpolation: str) -> np
         return _resize_window(pixels, size, (0, 0, *size), interpolation)
     import torch
 
-    # On 8-bit pixels torch has Pillow's algorithm, several times as fast, on one thread a picture.
-    planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # On 8-bit pixels torch has Pillow's algorithm, several times as fast, on one thread a picture. The batch axis comes
+    # first: torch would not see from the strides of a later one that the channels are last, and write planes.
+    planes = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     scaled = torch.nn.functional.interpolate(planes, size=size[::-1], mode=interpolation, antialias=True)
-    return scaled[0].permute(1, 2, 0).numpy()
+    return scaled.permute(0, 2, 3, 1)[0].numpy()
 
 
 def _resize_window(
