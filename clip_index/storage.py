@@ -6,6 +6,9 @@ package writes is written here, under a temporary name that ends in `.tmp`, and 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 import re
 import shutil
@@ -18,7 +21,14 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote_to_bytes
 
+from clip_index import remote
+from clip_index.remote import filesystem as filesystem
 from clip_index.types import ClipIndexError
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody removes an open file
+    fcntl = None
 
 TEMPORARY = ".tmp"
 _RANGE = re.compile(r"^(.*)#(\d+)\+(\d+)$", re.DOTALL)
@@ -46,39 +56,25 @@ def join(base: str, *parts: str) -> str:
     return os.path.join(base, *parts)
 
 
-def filesystem(path: str) -> tuple[Any, str]:
-    """(fsspec filesystem, the path as that filesystem spells it). Raises ClipIndexError for an unknown protocol."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        hint = " (pip install 'clip-index[s3]')" if path.startswith("s3://") else ""
-        raise ClipIndexError(f"cannot open {path}: {error}{hint}") from error
-
-
 def exists(path: str) -> bool:
     """Whether a file or folder is there."""
     if not is_url(path):
         return os.path.exists(path)
-    fs, name = filesystem(path)
-    return fs.exists(name)
+    return remote.call(path, lambda fs, name: fs.exists(name))
 
 
 def is_folder(path: str) -> bool:
     """Whether a path is a folder (for an object store: a prefix with something below it)."""
     if not is_url(path):
         return os.path.isdir(path)
-    fs, name = filesystem(path)
-    return fs.isdir(name)
+    return remote.call(path, lambda fs, name: fs.isdir(name))
 
 
 def size(path: str) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     if not is_url(path):
         return os.path.getsize(path)
-    fs, name = filesystem(path)
-    return int(fs.size(name))
+    return int(remote.call(path, lambda fs, name: fs.size(name)))
 
 
 def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -86,9 +82,10 @@ def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
     if length == 0:
         return b""
     if is_url(path):
-        fs, name = filesystem(path)
+        if length is not None:
+            return remote.read_range(path, offset, length)
         # an object store refuses a range of an empty object: ask for one only where one is meant
-        return fs.cat_file(name, start=offset or None, end=None if length is None else offset + length)
+        return remote.call(path, lambda fs, name: fs.cat_file(name, start=offset or None))
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read() if length is None else file.read(length)
@@ -127,10 +124,9 @@ def is_unicode(name: str) -> bool:
 
 @contextmanager
 def open_read(path: str) -> Iterator[IO[bytes]]:
-    """A seekable file object, buffered and read ahead."""
+    """A seekable file object, buffered and read ahead. Raises FileNotFoundError."""
     if is_url(path):
-        fs, name = filesystem(path)
-        with fs.open(name, "rb", block_size=4 << 20) as file:
+        with io.BufferedReader(remote.RemoteFile(path, size(path)), 1 << 16) as file:
             yield file
     else:
         with open(path, "rb") as file:
@@ -167,13 +163,16 @@ def _list_local(folder: str) -> Iterator[tuple[str, int]]:
     seen: set[tuple[int, int]] = set()
     folders, links = [("", folder)], []
     while folders or links:
-        prefix, path = folders.pop() if folders else links.pop(0)
+        if not folders:  # real names go before names through links, and those in order
+            links.sort(reverse=True)
+            folders.append(links.pop())
+        prefix, path = folders.pop()
         try:
             info = os.stat(path)
             if (info.st_dev, info.st_ino) in seen:
                 continue
             seen.add((info.st_dev, info.st_ino))
-            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+            entries = list(os.scandir(path))
         except OSError as error:
             raise ClipIndexError(f"cannot list {path}: {error.strerror}") from error
         for entry in entries:
@@ -191,9 +190,9 @@ def _list_local(folder: str) -> Iterator[tuple[str, int]]:
 
 
 def _list_remote(folder: str) -> Iterator[tuple[str, int]]:
-    fs, name = filesystem(folder)
+    name = remote.filesystem(folder)[1]
     root = name.rstrip("/") + "/"
-    for path, info in fs.find(name, detail=True).items():
+    for path, info in remote.call(folder, lambda fs, name: fs.find(name, detail=True)).items():
         relative = path[len(root) :] if path.startswith(root) else path.removeprefix(name).lstrip("/")
         if relative and not any(part.startswith(".") for part in relative.split("/")):
             yield relative, int(info.get("size") or 0)
@@ -203,10 +202,9 @@ def list_names(folder: str) -> list[str]:
     """The names directly in a folder, sorted; none where the folder does not exist."""
     if not is_url(folder):
         return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    fs, name = filesystem(folder)
-    fs.invalidate_cache()
     try:
-        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(name, detail=False))
+        found = remote.call(folder, lambda fs, name: fs.ls(name, detail=False))
+        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
     except FileNotFoundError:
         return []
 
@@ -233,8 +231,7 @@ def expand(pattern: str) -> list[str]:
             found.append(absolute(name))
             continue
         if is_url(name):
-            fs, path = filesystem(name)
-            matches = sorted(fs.unstrip_protocol(match) for match in fs.glob(path))
+            matches = remote.call(name, lambda fs, path: sorted(map(fs.unstrip_protocol, fs.glob(path))))
         else:
             matches = sorted(glob.glob(absolute(name), recursive=True))
         if not matches:
@@ -247,34 +244,89 @@ class Spool:
     """A file being written, local and seekable at `path`; `commit` gives it its name, `discard` removes it.
 
     For a local target the temporary file lies beside it, so that the rename is atomic; for a remote one it lies in the
-    temporary folder and is uploaded whole, which object stores make visible at once.
+    temporary folder and is uploaded whole, which object stores make visible at once. It is locked while it is written:
+    what is not was left by a process that was killed.
     """
 
     def __init__(self, target: str):
         self.target = target
         name = target.rsplit("/", 1)[-1] if is_url(target) else os.path.basename(target)
-        temporary = f"{name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}"
-        if is_url(target):
-            self.path = os.path.join(tempfile.gettempdir(), temporary)
-        else:
-            make_folder(os.path.dirname(target) or os.curdir)
-            self.path = os.path.join(os.path.dirname(target), temporary)
+        folder = _spool_folder() if is_url(target) else os.path.dirname(target)
+        make_folder(folder or os.curdir)
+        self.path = os.path.join(
+            folder, f"{name}.{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{TEMPORARY}"
+        )
+        self._lock = _create_locked(self.path)
 
-    def commit(self) -> None:
-        """Make the file appear under its name, whole, replacing what was there."""
+    def commit(self, *, replace: bool = True) -> bool:
+        """Make the file appear under its name, whole. Without `replace`, False where there is one by that name."""
         with open(self.path, "rb") as file:
             os.fsync(file.fileno())
-        if not is_url(self.target):
-            os.replace(self.path, self.target)
-            return
-        fs, name = filesystem(self.target)
-        fs.put_file(self.path, name)
-        fs.invalidate_cache()
-        os.remove(self.path)
+        if is_url(self.target):
+            done = _upload(self.path, self.target, replace)
+        else:
+            done = _rename(self.path, self.target, replace)
+        self.discard()
+        return done
 
     def discard(self) -> None:
         """Remove what was written so far; harmless after a commit."""
         Path(self.path).unlink(missing_ok=True)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _create_locked(path: str) -> int | None:
+    if fcntl is None:
+        return None
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_WRONLY | getattr(os, "O_CLOEXEC", 0), 0o666)
+        if _lock(descriptor) and os.path.exists(path):
+            return descriptor
+        os.close(descriptor)  # somebody tidying up was faster
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether nobody else has the file locked; where the file system knows no locks, nobody has."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+@functools.cache
+def _spool_folder() -> str:
+    folder = os.path.join(tempfile.gettempdir(), f"clip-index-{os.getuid() if hasattr(os, 'getuid') else 'spool'}")
+    remove_temporaries(folder)
+    return folder
+
+
+def _rename(path: str, target: str, replace: bool) -> bool:
+    if not replace:
+        try:
+            os.link(path, target)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            if os.path.exists(target):
+                return False
+    os.replace(path, target)
+    return True
+
+
+def _upload(path: str, target: str, replace: bool) -> bool:
+    def upload(fs: Any, name: str) -> bool:
+        if not replace and fs.exists(name):
+            return False
+        fs.put_file(path, name)
+        return True
+
+    return remote.call(target, upload)
 
 
 @contextmanager
@@ -295,15 +347,23 @@ def write_bytes(target: str, data: bytes) -> None:
         file.write(data)
 
 
+def write_new(target: str, data: bytes) -> bool:
+    """Write a whole file atomically unless there is one: whether it was written."""
+    spool = Spool(target)
+    try:
+        Path(spool.path).write_bytes(data)
+        return spool.commit(replace=False)
+    finally:
+        spool.discard()
+
+
 def remove(path: str) -> None:
     """Remove a file, if it is there."""
     if not is_url(path):
         Path(path).unlink(missing_ok=True)
         return
-    fs, name = filesystem(path)
-    if fs.exists(name):
-        fs.rm_file(name)
-        fs.invalidate_cache()
+    with contextlib.suppress(FileNotFoundError):
+        remote.call(path, lambda fs, name: fs.rm_file(name) if fs.exists(name) else None)
 
 
 def copy_in(source: str, target_folder: str) -> str:
@@ -317,8 +377,22 @@ def copy_in(source: str, target_folder: str) -> str:
 
 
 def remove_temporaries(folder: str) -> None:
-    """Remove what killed writers left in a folder."""
-    if not is_url(folder) and os.path.isdir(folder):
-        for name in os.listdir(folder):
-            if name.endswith(TEMPORARY):
-                Path(folder, name).unlink(missing_ok=True)
+    """Remove what killed writers left in a folder, and nothing that is being written."""
+    if is_url(folder) or not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
+        if name.endswith(TEMPORARY):
+            with contextlib.suppress(OSError):  # gone already, or open on Windows
+                _remove_unlocked(os.path.join(folder, name))
+
+
+def _remove_unlocked(path: str) -> None:
+    if fcntl is None:
+        os.unlink(path)
+        return
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        if _lock(descriptor):
+            os.unlink(path)
+    finally:
+        os.close(descriptor)

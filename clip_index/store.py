@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import IO, Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from clip_index.types import ClipIndexError, Task
 VERSION = 1
 DTYPE = np.dtype("<f2")
 FOLDERS = {"image": "img_emb", "text": "text_emb"}
+_NO_FILES: dict[str, dict[str, Any]] = {}
+_MARKERS_AT_ONCE = 64
 _UNIT_TOLERANCE = 4e-3  # float16 keeps 11 bits: a unit row's norm is within 5e-4 of 1, whatever its dimension
 
 
@@ -129,31 +131,48 @@ class EmbeddingWriter:
         self._failed.append({"key": key, "source": source, "error": error})
 
     def commit(self) -> Shard:
-        """Give every file its name, then write the marker. An empty shard has a marker alone."""
+        """Give every file its name, then write the marker. An empty shard has a marker alone.
+
+        Where another run was faster, its files stay. Raises ClipIndexError where it had other inputs.
+        """
         with _writing(self.folder):
-            storage.remove(self._path("done"))
-            files = dict(self._commit_vectors())
+            tables = {}
             if self.rows:
-                files[self._names["metadata"]] = self._write("metadata", self._metadata.to_parquet())
+                tables["metadata"] = self._metadata.to_parquet()
             if self._failed:
-                files[self._names["failed"]] = self._write("failed", columns.failed_parquet(self._failed))
+                tables["failed"] = columns.failed_parquet(self._failed)
+            files = {self._names[modality]: self._settle(*held) for modality, held in self._vectors.items()}
+            files |= {self._names[kind]: _describe(data) for kind, data in tables.items()}
+            shard = Shard(self.task.id, self.task.digest, self.rows, self.failed, files)
+            if self._is_there(shard):
+                return shard
+            for spool, _ in self._vectors.values():
+                spool.commit()
+            for kind, data in tables.items():
+                storage.write_bytes(self._path(kind), data)
             for name in self._names.values():
                 if name not in files:
                     storage.remove(storage.join(self.folder, name))
-            shard = Shard(self.task.id, self.task.digest, self.rows, self.failed, files)
             storage.write_bytes(self._path("done"), _to_json(asdict(shard)))
         return shard
 
-    def _commit_vectors(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for modality, (spool, file) in self._vectors.items():
-            file.seek(0)
-            _write_header(file, self.rows, self.config.dim)
-            file.close()
-            with open(spool.path, "rb") as written:
-                digest = hashlib.file_digest(written, "sha256") if hasattr(hashlib, "file_digest") else _digest(written)
-                length = written.seek(0, os.SEEK_END)
-            spool.commit()
-            yield self._names[modality], {"bytes": length, "sha256": digest.hexdigest()}
+    def _is_there(self, shard: Shard) -> bool:
+        existing = read_marker(self.folder, self._names["done"])
+        if existing == shard:
+            return True
+        if existing is not None:
+            if existing.inputs != shard.inputs:
+                raise ClipIndexError(f"another run embeds other inputs into {self.folder}: stop one of the two")
+            storage.remove(self._path("done"))
+        return False
+
+    def _settle(self, spool: storage.Spool, file: IO[bytes]) -> dict[str, Any]:
+        file.seek(0)
+        _write_header(file, self.rows, self.config.dim)
+        file.close()
+        with open(spool.path, "rb") as written:
+            digest = hashlib.file_digest(written, "sha256") if hasattr(hashlib, "file_digest") else _digest(written)
+            return {"bytes": written.seek(0, os.SEEK_END), "sha256": digest.hexdigest()}
 
     def _file(self, modality: str) -> IO[bytes]:
         if modality not in self._vectors:
@@ -166,9 +185,9 @@ class EmbeddingWriter:
     def _path(self, kind: str) -> str:
         return storage.join(self.folder, *self._names[kind].split("/"))
 
-    def _write(self, kind: str, data: bytes) -> dict[str, Any]:
-        storage.write_bytes(self._path(kind), data)
-        return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+def _describe(data: bytes) -> dict[str, Any]:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _digest(file: IO[bytes]) -> Any:
@@ -252,6 +271,11 @@ class Manifest:
         with _writing(folder):
             storage.write_bytes(storage.join(folder, "manifest.json"), self.to_json())
 
+    def write_first(self, folder: str) -> bool:
+        """Write manifest.json unless there is one: whether it was written."""
+        with _writing(folder):
+            return storage.write_new(storage.join(folder, "manifest.json"), self.to_json())
+
     @classmethod
     def load(cls, folder: str) -> Manifest:
         """Read manifest.json. Raises ClipIndexError where there is none or it cannot be understood."""
@@ -271,30 +295,50 @@ class Manifest:
             raise ClipIndexError(f"{path} is not a manifest: {error!r}") from error
 
 
-def read_markers(folder: str) -> dict[int, Shard]:
-    """Every finished shard by id, from the markers alone. Raises ClipIndexError for a marker that cannot be read."""
-    names = [name for name in storage.list_names(storage.join(folder, "done")) if name.endswith(".json")]
-
-    def read(name: str) -> Shard:
-        path = storage.join(folder, "done", name)
-        try:
-            return Shard(**json.loads(storage.read_bytes(path)))
-        except (ValueError, TypeError) as error:
-            raise ClipIndexError(f"{path} is not a marker: {error}; remove it to embed its shard again") from error
-
-    if storage.is_url(folder):  # a request each: their latencies overlap
-        with ThreadPoolExecutor(16) as pool:
-            return {shard.id: shard for shard in pool.map(read, names)}
-    return {shard.id: shard for shard in map(read, names)}
+def read_marker(folder: str, name: str) -> Shard | None:
+    """A finished shard, None where it has no marker. Raises ClipIndexError for a marker that cannot be read."""
+    path = storage.join(folder, *name.split("/"))
+    try:
+        return Shard(**json.loads(storage.read_bytes(path)))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ClipIndexError(f"{path} is not a marker: {error}; remove it to embed its shard again") from error
 
 
-def finalize(folder: str, manifest: Manifest) -> Manifest:
-    """Write the manifest over all markers, once every task has one. Raises ClipIndexError naming what is missing."""
-    markers = read_markers(folder)
+def read_markers(folder: str, *, rank: int = 0, world: int = 1, files: bool = True) -> dict[int, Shard]:
+    """The finished shards by id, from the markers alone: those of a rank, where there are several.
+
+    Without `files` the shards know none: a million of them take 300 MB then, not 3 GB. Raises ClipIndexError for a
+    marker that cannot be read.
+    """
+    names = [
+        name
+        for name in storage.list_names(storage.join(folder, "done"))
+        if name.endswith(".json") and (not name[:-5].isdigit() or int(name[:-5]) % world == rank)
+    ]
+
+    def read(names: list[str]) -> list[Shard]:
+        found = [read_marker(folder, f"done/{name}") for name in names]
+        return [shard if files else replace(shard, files=_NO_FILES) for shard in found if shard is not None]
+
+    blocks = [names[start : start + _MARKERS_AT_ONCE] for start in range(0, len(names), _MARKERS_AT_ONCE)]
+    with ThreadPoolExecutor(16) as pool:  # the latencies of an object store or a network file system overlap
+        return {shard.id: shard for block in pool.map(read, blocks) for shard in block}
+
+
+def finalize(folder: str, manifest: Manifest, inputs: list[str] | None = None) -> Manifest:
+    """Write the manifest over all markers, once every task has one, made from `inputs` where these are given.
+
+    Raises ClipIndexError naming what is missing.
+    """
+    markers = read_markers(folder, files=False)
     missing = [task for task in range(manifest.tasks) if task not in markers]
     if missing:
         named = ", ".join(f"{task:0{manifest.width}d}" for task in missing[:10]) + (" ..." if len(missing) > 10 else "")
         raise ClipIndexError(f"{folder} lacks {len(missing)} of {manifest.tasks} shards ({named}): run embed again")
+    if inputs is not None and inputs != [markers[task].inputs for task in range(manifest.tasks)]:
+        raise ClipIndexError(f"another run has embedded other inputs into {folder}: stop it, and run embed again")
     shards = [markers[task] for task in range(manifest.tasks)]
     manifest = Manifest(manifest.config, shards, tasks=manifest.tasks, width=manifest.width)
     for name in [*FOLDERS.values(), "metadata", "failed", "done", ""]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 from s3_server import bucket  # noqa: F401 - a fixture
@@ -142,11 +144,20 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
         storage.list_files(str(tmp_path))
 
 
-def test_temporaries_are_not_listed_and_can_be_removed(tmp_path):
+def test_what_a_killed_writer_left_is_removed_and_what_is_being_written_is_not(tmp_path):
+    script = "import os, sys; from clip_index import storage; storage.Spool(sys.argv[1]); os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "file")], check=False)
+    (left,) = os.listdir(tmp_path)
     spool = storage.Spool(str(tmp_path / "file"))
-    with open(spool.path, "wb") as file:
-        file.write(b"x")
-    assert storage.list_files(str(tmp_path)) == []
+    assert storage.list_files(str(tmp_path)) == [] and len(os.listdir(tmp_path)) == 2
     storage.remove_temporaries(str(tmp_path))
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [os.path.basename(spool.path)] != [left]
     spool.discard()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_new_file_replaces_none(root):
+    target = storage.join(root, "file")
+    assert storage.write_new(target, b"first")
+    assert not storage.write_new(target, b"second")
+    assert storage.read_bytes(target) == b"first" and storage.list_names(root) == ["file"]

@@ -36,7 +36,7 @@ def metadata(n: int, prefix: str = "k") -> list[dict]:
 def write_shard(
     folder: str, shard: int, n: int, failed: int = 0, config: store.EmbeddingConfig = CONFIG
 ) -> store.Shard:
-    task = Task(shard, ((f"in{shard}", n),), n)
+    task = Task(shard, ((f"in{shard}",),), n)
     with store.EmbeddingWriter(folder, task, config) as writer:
         for start in range(0, n, 3):
             rows = metadata(n)[start : start + 3]
@@ -113,6 +113,35 @@ def test_a_shard_written_again_leaves_nothing_of_the_old_one(tmp_path):
     write_shard(str(tmp_path), 0, 2)
     assert not (tmp_path / "failed/failed_00000.parquet").exists()
     assert len(np.load(tmp_path / "img_emb/img_emb_00000.npy")) == 2
+
+
+def test_a_shard_that_another_run_has_finished_is_left_alone(tmp_path):
+    write_shard(str(tmp_path), 0, 5, failed=1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert write_shard(str(tmp_path), 0, 5, failed=1).rows == 5
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_shard_that_another_run_has_made_from_other_inputs_is_not_replaced(tmp_path):
+    write_shard(str(tmp_path), 0, 5)
+    task = Task(0, (("other",),), 2)
+    with (
+        pytest.raises(ClipIndexError, match="another run embeds other inputs"),
+        store.EmbeddingWriter(str(tmp_path), task, CONFIG) as writer,
+    ):
+        writer.append({name: unit_rows(2) for name in CONFIG.modalities}, metadata(2))
+        writer.commit()
+    assert len(store.read_vectors(str(tmp_path), "image", 0)) == 5 and not list(tmp_path.rglob("*.tmp"))
+    with pytest.raises(ClipIndexError, match="has embedded other inputs"):
+        store.finalize(str(tmp_path), store.Manifest(CONFIG, tasks=1), [task.digest])
+
+
+def test_the_markers_of_a_rank(tmp_path):
+    for shard in range(7):
+        write_shard(str(tmp_path), shard, 2)
+    assert sorted(store.read_markers(str(tmp_path), rank=1, world=3)) == [1, 4]
+    slim = store.read_markers(str(tmp_path), files=False)
+    assert sorted(slim) == list(range(7)) and not slim[3].files and slim[3].rows == 2
 
 
 def test_wrong_shapes_are_refused(tmp_path):

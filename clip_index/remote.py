@@ -1,0 +1,164 @@
+"""Object stores as they are: slow to answer, and sometimes throttling, resetting or failing.
+
+1. `call` asks a store for something, and asks again with growing pauses while the failure is one that passes.
+2. `RemoteFile` reads a file in blocks; while it is read from front to back, the next blocks are fetched on threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import io
+import random
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from clip_index.types import ClipIndexError
+
+Result = TypeVar("Result")
+
+_PATIENCE_S = 60.0
+"""How long a store may go on failing; its own client has tried some times before each of our attempts."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 8.0
+_BLOCK = 4 << 20
+_AHEAD = 7
+"""Blocks fetched before they are asked for: with the one being read, a file holds at most 32 MB."""
+_LASTING = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_PASSING = {
+    errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
+    getattr(errno, "EREMOTEIO", errno.EIO),
+}  # fmt: skip
+
+
+class ShortRead(OSError):
+    """A store gave fewer bytes than the object has."""
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """(fsspec filesystem, the path as that filesystem spells it). Raises ClipIndexError for an unknown protocol."""
+    import fsspec
+
+    try:
+        # a cached listing goes stale when other processes write, and keeps a million entries in memory
+        return fsspec.core.url_to_fs(path, use_listings_cache=False)
+    except (ValueError, ImportError) as error:
+        hint = " (pip install 'clip-index[s3]')" if path.startswith("s3://") else ""
+        raise ClipIndexError(f"cannot open {path}: {error}{hint}") from error
+
+
+def call(path: str, action: Callable[[Any, str], Result]) -> Result:
+    """What `action(filesystem, name)` gives. Raises OSError, with the path, when it fails for good or for too long."""
+    fs, name = filesystem(path)
+    pause, first = _FIRST_PAUSE_S, None
+    while True:
+        try:
+            return action(fs, name)
+        except Exception as error:
+            if isinstance(error, _LASTING):
+                raise type(error)(error.errno or _number(error), error.strerror or str(error), path) from error
+            if not _passes(error):
+                if isinstance(error, OSError) or type(error).__module__ == "builtins":
+                    raise
+                raise ClipIndexError(f"cannot open {path}: {error}") from error  # such as no credentials
+            now = time.monotonic()
+            first = now if first is None else first
+            if now - first > _PATIENCE_S:
+                raise OSError(errno.EIO, f"the store keeps failing: {error}", path) from error
+        time.sleep(pause * random.uniform(0.5, 1))  # apart from the others that were throttled at the same moment
+        pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+
+def _number(error: OSError) -> int:
+    names = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, FileExistsError: errno.EEXIST}
+    return names.get(type(error), errno.EINVAL)
+
+
+def _passes(error: Exception) -> bool:
+    """Whether the same request may succeed later. Clients raise classes of their own beside OSError."""
+    status = getattr(error, "status", None) or getattr(error, "code", None)
+    if isinstance(status, int):
+        return status in (408, 429) or status >= 500
+    if isinstance(error, ShortRead | TimeoutError | ConnectionError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno in _PASSING
+    known = {"HTTPClientError", "EndpointConnectionError", "ResponseParserError", "ClientPayloadError", "ClientError"}
+    return bool(known & {base.__name__ for base in type(error).__mro__})
+
+
+def read_range(path: str, offset: int, length: int) -> bytes:
+    """`length` bytes from `offset`, fewer only at the file's end. Raises OSError where they cannot be had."""
+
+    def fetch(fs: Any, name: str) -> bytes:
+        data = fs.cat_file(name, start=offset, end=offset + length)
+        if len(data) > length:  # a server that knows no ranges sends the whole file
+            data = data[offset : offset + length]
+        if len(data) < length and offset + len(data) < fs.size(name):
+            raise ShortRead(errno.EIO, f"{len(data)} bytes came where {length} were asked for", path)
+        return data
+
+    return call(path, fetch) if length else b""
+
+
+class RemoteFile(io.RawIOBase):
+    """A remote file, seekable. Wrap it in `io.BufferedReader` for small reads."""
+
+    def __init__(self, path: str, size: int):
+        self._path, self._size = path, size
+        self._position = 0
+        self._last = -2
+        self._blocks: dict[int, Future[bytes]] = {}
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def tell(self) -> int:
+        """Bytes from the start."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Move; returns the new position."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(0, base + offset)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer with what one block has; 0 at the end."""
+        number, start = divmod(self._position, _BLOCK)
+        count = max(0, min(len(buffer), self._size - self._position, _BLOCK - start))
+        if count:
+            buffer[:count] = self._block(number)[start : start + count]
+            self._position += count
+        return count
+
+    def _block(self, number: int) -> memoryview:
+        if number != self._last:
+            ahead = _AHEAD if number == self._last + 1 else 0
+            wanted = range(number, min(number + 1 + ahead, -(-self._size // _BLOCK)))
+            for old in [block for block in self._blocks if block not in wanted]:
+                self._blocks.pop(old).cancel()
+            for block in wanted:
+                if block not in self._blocks:
+                    length = min(_BLOCK, self._size - block * _BLOCK)
+                    self._blocks[block] = _pool().submit(read_range, self._path, block * _BLOCK, length)
+            self._last = number
+        return memoryview(self._blocks[number].result())
+
+    def close(self) -> None:
+        """Let go of what was fetched."""
+        for future in self._blocks.values():
+            future.cancel()
+        self._blocks.clear()
+        super().close()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(16, thread_name_prefix="fetch")
