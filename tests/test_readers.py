@@ -65,6 +65,26 @@ def test_auto_takes_a_file_or_a_pattern_by_its_end(tmp_path):
     assert open_reader(f"{tmp_path}/a.txt").modalities == ("text",)
 
 
+@pytest.mark.parametrize("head", ["", "deep/out/"], ids=["beside", "below"])
+@pytest.mark.parametrize("name", ["a.jpg", "in.parquet", "0.tar"])
+def test_what_a_run_wrote_into_its_source_is_not_read(tmp_path, head, name):
+    make(tmp_path / name)
+    before = open_reader(str(tmp_path))
+    tasks = before.plan(10)
+    for output in ("embeddings/metadata/metadata_00000.parquet", "embeddings/failed/failed_00000.parquet"):
+        make(tmp_path / head / output)
+    make(tmp_path / head / "embeddings" / "done" / "00000.json")
+    make(tmp_path / head / "embeddings" / "manifest.json")
+    make(tmp_path / head / "index" / "metadata" / "metadata_00000.parquet")
+    make(tmp_path / head / "index" / "clip_index.json")
+    after = open_reader(str(tmp_path))
+    assert after == before and after.plan(10) == tasks
+    make(tmp_path / "more" / "metadata" / "t.parquet")
+    make(tmp_path / "more" / "manifest.json")
+    if name == "in.parquet":
+        assert len(open_reader(str(tmp_path)).plan(1)) == 2
+
+
 def test_a_folder_may_be_named_like_a_file(tmp_path):
     make(tmp_path / "table.parquet" / "part-0.parquet")
     make(tmp_path / "album.tar" / "a.jpg")

@@ -279,7 +279,7 @@ def test_every_row_comes_once_and_in_order_whatever_the_cut(tmp_path, rows_per_s
 
 
 def test_batches_are_small_where_rows_are_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("clip_index.readers.parquet._BATCH_BYTES", 4 << 10)
+    monkeypatch.setattr("clip_index.readers.tables._BATCH_BYTES", 4 << 10)
     lengths = []
     plain = schema.plain
     monkeypatch.setattr(schema, "plain", lambda array: lengths.append(len(array)) or plain(array))
@@ -306,6 +306,20 @@ def test_a_damaged_file_is_one_failed_sample(tmp_path):
     assert open_reader(str(tmp_path)).plan(10)[0].rows == 3
     with pytest.raises(UsageError, match=r"1\.parquet is not a parquet file$"):
         open_reader(str(tmp_path / "1.parquet"))
+
+
+def test_rows_that_went_away_are_failed_samples(tmp_path):
+    path = write_table(tmp_path / "t.parquet", {"jpg": [b"A"] * 5}, rows=2)
+    reader = open_reader(path)
+    tasks = reader.plan(3)
+    write_table(tmp_path / "t.parquet", {"jpg": [b"A"]})
+    samples = [sample for task in tasks for sample in reader.read(task)]
+    assert [s.error is None for s in samples] == [True, False, False, False, False]
+    assert samples[4].key == "t/4" and "fewer rows than when it was planned" in samples[4].error
+    with pytest.raises(ClipIndexError, match="no picture at"):
+        fetch(f"{path}#row=4&column=jpg")
+    with pytest.raises(ClipIndexError, match="no picture at"):
+        fetch(f"{path}#row=0&column=other")
 
 
 def test_damaged_pages_fail_their_rows_alone(tmp_path):
@@ -365,3 +379,19 @@ def test_globs_and_remote_tables(tmp_path):
         assert [s.image for s in samples] == [b"A"] * 6
         assert [s.key for s in samples] == ["0/0", "0/1", "0/2", "1/0", "1/1", "1/2"]
         assert all(fetch(s.source) == b"A" for s in samples)
+
+
+def test_a_remote_store_that_fails_stops_the_task(tmp_path, monkeypatch):
+    path = "memory://test_readers_parquet_fail/t.parquet"
+    storage.write_bytes(path, storage.read_bytes(write_table(tmp_path / "t.parquet", {"jpg": [b"A"]})))
+    reader = open_reader(path)
+    (task,) = reader.plan(10)
+
+    def fail(*_):
+        raise OSError("connection reset")
+
+    monkeypatch.setattr(storage, "read_bytes", fail)
+    with pytest.raises(ClipIndexError, match=r"cannot read memory://.*t\.parquet: connection reset"):
+        list(reader.read(task))
+    with pytest.raises(ClipIndexError, match="connection reset"):
+        reader.plan(10)

@@ -16,12 +16,9 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from clip_index import storage
-from clip_index.readers import schema, sidecars, sources
+from clip_index.readers import schema, sidecars, sources, tables
 from clip_index.types import ClipIndexError, Sample, SampleError, Task, UsageError
 
-_BATCH_BYTES = 32 << 20
-_BATCH_ROWS = 1024
-_BUFFER_BYTES = 4 << 20
 _CELL = re.compile(r"(.*)#row=(\d+)(?:&column=(.*))?", re.DOTALL)
 
 Piece = tuple[str | int | None, ...]
@@ -51,7 +48,7 @@ class ParquetReader:
     def _row_groups(self, file: sources.Found) -> list[int] | None:
         """The rows of each row group; None for a file that is damaged."""
         try:
-            with _open(file.path) as parquet:
+            with tables.open_table(file.path) as parquet:
                 self.roles.check(parquet.schema_arrow, file.path)
                 return [parquet.metadata.row_group(i).num_rows for i in range(parquet.metadata.num_row_groups)]
         except SampleError:
@@ -67,12 +64,14 @@ class ParquetReader:
                 continue
             row = first
             try:
-                with _open(path) as parquet:
+                with tables.open_table(path) as parquet:
                     drafts = self._drafts(parquet, path, prefix, first, rows)
                     by_path = "image" in self.modalities and self.roles.kind(parquet.schema_arrow) == "path"
                     for sample in sources.ahead(_finish, drafts) if by_path else map(_finish, drafts):
                         yield sample
                         row += 1
+                if row < first + rows:
+                    raise SampleError(f"{sources.printable(path)} has fewer rows than when it was planned")
             except SampleError as error:
                 for lost in range(row, first + rows):
                     yield replace(self._row(path, prefix, lost), error=str(error))
@@ -83,7 +82,7 @@ class ParquetReader:
         pictures = roles.picture_leaves(table, with_bytes=wanted)
         others = [column.name for column in table if column.name != roles.image and schema.carried(column.type)]
         dropped = {roles.caption, roles.path} | ({"width", "height"} if wanted else set())
-        for start, batch in _batches(parquet, first, rows, [*others, *pictures]):
+        for start, batch in tables.batches(parquet, first, rows, [*others, *pictures]):
             values = {name: schema.plain(batch.column(name)) for name in others}
             cells = schema.pictures(batch.column(roles.image)) if pictures else [(None, None)] * batch.num_rows
             for i, (data, place) in enumerate(cells):
@@ -157,49 +156,6 @@ def pack(pieces: list[Piece], limit: int) -> list[Task]:
     return [Task(number, tuple(held), total) for number, (held, total) in enumerate(zip(tasks, totals, strict=True))]
 
 
-@contextlib.contextmanager
-def _open(path: str) -> Iterator[Any]:
-    """A pyarrow ParquetFile. Raises SampleError for damaged contents, ClipIndexError for a file that cannot be read."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        if storage.is_url(path):
-            fs, name = storage.filesystem(path)
-            file = fs.open(name, "rb", cache_type="none")  # pyarrow buffers the columns, each at its own place
-        else:
-            file = open(path, "rb")  # noqa: SIM115
-        with file:
-            # pre_buffer would hold whole row groups, which may be gigabytes of pictures
-            yield pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-    except pa.ArrowException as error:
-        raise SampleError(f"{sources.printable(path)} is damaged: {error}") from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        if storage.is_url(path) or error.errno is not None:
-            raise ClipIndexError(f"cannot read {path}: {reason}") from error
-        raise SampleError(f"{sources.printable(path)} is damaged: {reason}") from error
-
-
-def _batches(parquet: Any, first: int, rows: int, names: list[str]) -> Iterator[tuple[int, Any]]:
-    """(first row, record batch) over some rows of a file, read as a stream."""
-    metadata = parquet.metadata
-    groups, position, end, widest = [], 0, 0, 1
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        if end + group.num_rows > first and end < first + rows:
-            position = position if groups else end
-            groups.append(number)
-            widest = max(widest, group.total_byte_size // max(1, group.num_rows))
-        end += group.num_rows
-    size = max(1, min(_BATCH_ROWS, _BATCH_BYTES // widest))
-    for batch in parquet.iter_batches(size, row_groups=groups, columns=names, use_threads=False):
-        begin, stop = max(first - position, 0), min(first + rows - position, batch.num_rows)
-        if begin < stop:
-            yield position + begin, batch.slice(begin, stop - begin)
-        position += batch.num_rows
-
-
 def read_cell(source: str) -> bytes | None:
     """The picture that `file.parquet#row=17&column=image` names; None where a source is not of this form.
 
@@ -211,9 +167,9 @@ def read_cell(source: str) -> bytes | None:
     if found[3] is None:
         raise ClipIndexError(f"{source} is a caption without a picture")
     path, row, column = storage.source_path(found[1]), int(found[2]), unquote(found[3])
-    with _open(path) as parquet:
+    with tables.open_table(path) as parquet:
         if column in parquet.schema_arrow.names:
-            for _, batch in _batches(parquet, row, 1, [column]):
+            for _, batch in tables.batches(parquet, row, 1, [column]):
                 for data, place in schema.pictures(batch.column(column)):
                     if data:
                         return data
@@ -234,7 +190,7 @@ def open_source(
     found = sources.find(source, ".parquet", listing)
     table = None
     for file in found:
-        with contextlib.suppress(SampleError), _open(file.path) as parquet:
+        with contextlib.suppress(SampleError), tables.open_table(file.path) as parquet:
             table = parquet.schema_arrow
             break
     if table is None:

@@ -6,7 +6,8 @@ import glob
 import itertools
 import os
 import re
-from collections import deque
+import stat
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeVar
@@ -44,7 +45,7 @@ def detect(source: str) -> tuple[str, Listing | None]:
     """(format of a source, and its listing where it is a folder). Raises UsageError where it cannot be told."""
     path = storage.absolute(source)
     if storage.is_folder(path):
-        listing = storage.list_files(path, [suffix for kind in _KINDS.values() for suffix in kind])
+        listing = _list(path, [suffix for kind in _KINDS.values() for suffix in kind])
         return _format_of_folder(source, listing), listing
     pattern = not storage.exists(path)
     if pattern and not glob.has_magic(source) and "{" not in source:
@@ -65,15 +66,26 @@ def detect(source: str) -> tuple[str, Listing | None]:
     raise UsageError(f"cannot tell what {source} is: give --input_format files, webdataset or parquet")
 
 
+def _list(folder: str, suffixes: Iterable[str]) -> Listing:
+    """A folder's files and its JSON, less the tables that a run with its output in there has written."""
+    listing = storage.list_files(folder, {*suffixes, ".json"})
+    folders = {name.rpartition("/")[0] for name, _ in listing}
+    own = []
+    for name, _ in listing:
+        head, _, base = name.rpartition("/")
+        if base == "clip_index.json" or (base == "manifest.json" and f"{head}/done".lstrip("/") in folders):
+            own += [f"{head}/{part}/".lstrip("/") for part in ("metadata", "failed")]
+    return [item for item in listing if not item[0].startswith(tuple(own))]
+
+
 def kind_of(name: str) -> str | None:
     """What a file is, by its name."""
     return next((kind for kind, suffixes in _KINDS.items() if name.lower().endswith(suffixes)), None)
 
 
 def _format_of_folder(folder: str, listing: Listing) -> str:
-    counts = dict.fromkeys(_KINDS, 0)
-    for name, _ in listing:
-        counts[kind_of(name)] += 1
+    suffixes = Counter(name.rpartition(".")[2].lower() for name, _ in listing)
+    counts = {kind: sum(suffixes[end.rpartition(".")[2]] for end in ends) for kind, ends in _KINDS.items()}
     if counts["compressed tars"]:
         raise UsageError(_compressed(folder))
     formats = {"webdataset": counts["tars"], "parquet": counts["parquet files"], "files": counts["pictures"]}
@@ -109,7 +121,7 @@ def find(source: str, suffix: str, listing: Listing | None = None) -> list[Found
     """
     path = storage.absolute(source)
     if storage.is_folder(path):
-        listing = storage.list_files(path, (suffix,)) if listing is None else listing
+        listing = _list(path, (suffix,)) if listing is None else listing
         found = [
             Found(storage.join(path, name), size, name) for name, size in listing if kind_of(name) == kind_of(suffix)
         ]
@@ -179,9 +191,12 @@ def read_file(path: str, what: str, limit: int, size: int | None = None) -> byte
     """
     remote = storage.is_url(path)
     try:
-        if not remote and os.path.exists(path) and not os.path.isfile(path):
-            raise SampleError(f"{what} is no regular file")
-        if (size if remote and size is not None else storage.size(path)) > limit:
+        if not remote:
+            info = os.stat(path)
+            size = info.st_size
+            if not stat.S_ISREG(info.st_mode):
+                raise SampleError(f"{what} is no regular file")
+        if (storage.size(path) if size is None else size) > limit:
             raise SampleError(f"{what} is larger than {limit >> 20} MB")
         return storage.read_bytes(path)
     except OSError as error:

@@ -2,8 +2,8 @@
 
 1. A task is one tar: (path, bytes, what its keys begin with). Tars are read in place, one member at a time.
 2. `_members` walks the headers and `_groups` gathers the members of a key. A key ends at the first dot of the base
-   name; the last part of the rest says what a member is, and `jpg` goes before `seg.png`. A picture, the caption
-   (`txt`) and the sidecar (`json`) count; other members are skipped, and so are hidden and `__dunder__` names.
+   name; the last part of the rest says what a member is, and `jpg` goes before `seg.png`. The first picture, caption
+   (`txt`) and sidecar (`json`) count; other members are skipped, and so are hidden and `__dunder__` names.
 3. A tar that ends too early or is damaged gives the samples before that point, and one failed sample that names it.
 """
 
@@ -119,7 +119,8 @@ class _Group:
             file.seek(info.offset_data)
             data = file.read(info.size)
             if len(data) < info.size:
-                raise SampleError(f"is cut off at byte {info.offset_data + len(data)}, in {info.name}")
+                name = sources.printable(info.name)
+                raise SampleError(f"is cut off at byte {info.offset_data + len(data)}, in {name}")
         self.parts[role] = _Part(info.offset_data, info.size, exact, data, error)
 
     def describe(self, modalities: tuple[str, ...]) -> tuple[str | None, dict[str, Any]]:
