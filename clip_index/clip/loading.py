@@ -6,6 +6,8 @@ contradiction is an error -> build, check that every tensor has its place, fill.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -28,6 +30,7 @@ from clip_index.clip.config import (
     to_open_clip,
 )
 from clip_index.clip.model import CLIP
+from clip_index.locations import cache_folder
 from clip_index.preprocess import Preprocess
 from clip_index.types import UsageError
 
@@ -95,6 +98,7 @@ def build(config: CLIPConfig, state: layouts.State, preprocess: Preprocess, sour
     model.load_state_dict({key: value.float().contiguous() for key, value in state.items()} | counters, assign=True)
     told = {"model_cfg": to_open_clip(config), "preprocess": preprocess.describe()}
     model.register_state_dict_post_hook(partial(_sign, told))
+    model.source = source
     return model.eval()
 
 
@@ -128,6 +132,31 @@ def _settle_config(checkpoint: Checkpoint, stated: CLIPConfig | None, activation
     # A name says nothing of these three.
     text = replace(stated.text, context_length=config.text.context_length, eos_id=config.text.eos_id)
     return replace(stated, text=text, eps=config.eps, activation=activation)
+
+
+def fingerprint(model: CLIP) -> str:
+    """32 hexadecimal digits that identify the configuration and the values, whatever layout they were stored in.
+
+    Remembered for the file that a model was loaded from: hashing takes longer than loading.
+    """
+    config = json.dumps(to_open_clip(model.config), sort_keys=True)
+    place = None
+    if os.path.isfile(model.source) and not model.source.endswith(".json"):
+        found = os.stat(model.source)
+        key = f"{os.path.realpath(model.source)} {found.st_size} {found.st_mtime_ns} {config}"
+        place = os.path.join(cache_folder(), "fingerprints", hashlib.sha256(key.encode()).hexdigest())
+        with contextlib.suppress(OSError):
+            return storage.read_bytes(place).decode()
+    digest = hashlib.sha256(config.encode())
+    for name, value in sorted(model.state_dict().items()):
+        if value.is_floating_point():
+            digest.update(f"{name} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy())
+    if place is not None:
+        # A cache that cannot be written is no reason to fail.
+        with contextlib.suppress(OSError):
+            storage.write_bytes(place, digest.hexdigest()[:32].encode())
+    return digest.hexdigest()[:32]
 
 
 def save_checkpoint(model: CLIP, preprocess: Preprocess, folder: str) -> None:

@@ -60,7 +60,10 @@ class Attention(nn.Module):
 
 
 class ResidualAttentionBlock(nn.Module):
-    """Attention across positions, then an MLP at each, both on a normalised residual stream."""
+    """Attention across positions, then an MLP at each, both on a normalised residual stream.
+
+    The stream has the type of the norms, which may be finer than that of the matrices (`folding.lower_precision`).
+    """
 
     def __init__(self, width: int, heads: int, hidden: int, causal: bool, config: CLIPConfig):
         super().__init__()
@@ -70,8 +73,9 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = mlp(("c_fc", "c_proj"), width, hidden, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        dtype = self.attn.in_proj_weight.dtype
+        x = x + self.attn(self.ln_1(x).to(dtype))
+        return x + self.mlp(self.ln_2(x).to(dtype))
 
 
 class Transformer(nn.Module):
@@ -98,8 +102,9 @@ class MixerBlock(nn.Module):
         self.channel_mix_seq = mlp(("lin3", "lin4"), width, hidden, config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.token_mix_seq(self.layerNorm1(x).transpose(1, 2)).transpose(1, 2)
-        return x + self.channel_mix_seq(self.layerNorm2(x))
+        dtype = self.token_mix_seq[0].weight.dtype
+        x = x + self.token_mix_seq(self.layerNorm1(x).transpose(1, 2).to(dtype)).transpose(1, 2)
+        return x + self.channel_mix_seq(self.layerNorm2(x).to(dtype))
 
 
 class Mixer(nn.Module):
@@ -140,7 +145,7 @@ class VisionTransformer(nn.Module):
 
     def encode_patches(self, x: Tensor) -> Tensor:
         """Features [n, embed_dim] of embedded patches [n, grid * grid, width], row by row."""
-        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], dim=1)
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x.to(self.class_embedding.dtype)], dim=1)
         if self.positional_embedding is not None:
             x = x + self.positional_embedding
         x = self.transformer(self.ln_pre(x))
@@ -225,7 +230,9 @@ class ModifiedResNet(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers and the temperature. `config` is what it was built from."""
+    """Both towers and the temperature. `config` is what it was built from, `source` the file of its weights."""
+
+    source = ""
 
     def __init__(self, config: CLIPConfig):
         super().__init__()

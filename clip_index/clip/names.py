@@ -29,6 +29,26 @@ OPENAI_NAMES = {
 """What `available_models` of OpenAI's package answers, and the same weights by our names."""
 
 
+MILLION_PARAMETERS = {
+    "RN50": 102,
+    "RN101": 120,
+    "RN50x4": 178,
+    "RN50x16": 291,
+    "RN50x64": 623,
+    "ViT-B-32": 151,
+    "ViT-B-32-256": 151,
+    "ViT-B-16": 150,
+    "ViT-B-16-plus-240": 208,
+    "ViT-L-14": 428,
+    "ViT-L-14-336": 428,
+    "ViT-H-14": 986,
+    "ViT-H-14-378": 987,
+    "ViT-g-14": 1367,
+    "ViT-bigG-14": 2540,
+}
+"""Of both towers, for saying what a download costs without building the model."""
+
+
 @dataclass(frozen=True)
 class Weights:
     """One published checkpoint: how it was trained is fixed here, for its files do not say."""

@@ -1,8 +1,8 @@
 """Names of models, and the one way to load them.
 
 A name is an entry of `MODELS`, or `PREFIX:REST` with a prefix of `PREFIXES`, or the path of a checkpoint, which is
-the prefix `path`. Each leads to a module of this package with a function `load`, imported when it is needed: a new
-model is one file and one line here.
+the prefix `path`, or has a slash, and then it is CLIP's affair. Each leads to a module of this package with a function
+`load`, imported when it is needed: a new model is one file and one line here.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from clip_index.clip.config import ARCHITECTURES
+from clip_index.clip.names import MILLION_PARAMETERS, WEIGHTS
 from clip_index.types import MODALITIES, Encoder, UsageError
 
 
@@ -38,7 +40,18 @@ MODELS: dict[str, ModelInfo] = {
         note="ships with the package; EfficientNet-Lite0 and MiniLM joined in one space, for trying things out",
     ),
 }
-PREFIXES: dict[str, str] = {}
+MODELS |= {
+    name: ModelInfo(
+        module="clip",
+        dim=ARCHITECTURES[weights.architecture].embed_dim,
+        resolution=ARCHITECTURES[weights.architecture].vision.image_size,
+        licence=weights.licence,
+        size_mb=4 * MILLION_PARAMETERS[weights.architecture],
+        note=f"fetched once from the Hugging Face repository {weights.repository}",
+    )
+    for name, weights in WEIGHTS.items()
+}
+PREFIXES: dict[str, str] = {"path": "clip"}
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -81,6 +94,9 @@ def _module(name: str) -> str:
     prefix = "path" if os.path.exists(name) else name.partition(":")[0] if ":" in name else ""
     if prefix in PREFIXES:
         return PREFIXES[prefix]
+    if "/" in name:
+        # Other spellings of weights (`ViT-B/32`), `ARCHITECTURE/PATH`, or a mistake, which it explains.
+        return "clip"
     near = difflib.get_close_matches(name.lower(), MODELS, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(MODELS)}"
+    hint = f"did you mean {near[0]!r}?" if near else "take mini, ViT-B-32/openai or the path of a checkpoint"
     raise UsageError(f"unknown model {name!r}: {hint} (clip-index models lists them)")
