@@ -47,7 +47,8 @@ def run(program: Program, argv: list[str]) -> int:
             sys.stdout.flush()
         return status
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else OK
+        _stdout_is_gone()
+        return OK if stop.code is None else int(stop.code)
     except BaseException as error:
         if _stdout_is_gone() and isinstance(error, BrokenPipeError):
             return OK  # the reader, such as `head`, has all that it wanted
