@@ -13,7 +13,7 @@ from clip_index import storage
 from clip_index.console import quote
 from clip_index.query import show
 
-QUERIES = ("a dog", "a musical instrument", "something to eat")
+QUERIES = ("a musical instrument", "a musical instrument - guitar", "fruit")
 _SHOWN = 3
 _ON_SHEET = 8
 
@@ -59,8 +59,8 @@ def run(output: str, queries: tuple[str, ...] = QUERIES) -> None:
     print("Look at the sheet in a browser, ask for something else, then embed pictures of your own:")
     for line in (
         f"{'xdg-open' if sys.platform.startswith('linux') else 'open'} {quote(_shown(sheet))}",
-        'clip-index query "a red car"',
-        f'clip-index query "fruit - apple" --index {quote(_shown(index))}',
+        'clip-index query "a sailing boat"',
+        f'clip-index query "a car - bus" --index {quote(_shown(index))}',
         "clip-index embed photos/ embeddings/",
     ):
         print(f"  {line}")
