@@ -51,6 +51,8 @@ def embed(
     max_failure_rate: float = 0.5,
     update: bool = False,
     retry_failed: bool = False,
+    rank: int | None = None,
+    world: int | None = None,
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
@@ -80,6 +82,8 @@ def embed(
         max_failure_rate: stop when a larger share of the samples fails
         update: embed shards again whose input has changed
         retry_failed: embed shards again that have failed samples
+        rank: the part of the work that is this process's, from 0; told by Slurm, torchrun or MPI where not given
+        world: how many processes share the work; `clip-index finalize` comes after the last
         dry_run: say what would be done, from a few samples, and write nothing
         json: print the plan or the summary as one JSON document
     """
@@ -99,6 +103,8 @@ def embed(
         "rows_per_shard": rows_per_shard,
         "update": update,
         "retry_failed": retry_failed,
+        "rank": rank,
+        "world": world,
     }
     if dry_run:
         plan = preview(input, output, **options)
@@ -118,6 +124,30 @@ def embed(
         suggest("build-index", output, beside(output, "index"))
     if summary.failed:
         raise SystemExit(front_door.FAILED_SAMPLES)
+
+
+def finalize(embeddings: str, *, json: bool = False) -> None:
+    """Write the manifest when all ranks of `clip-index embed` have ended.
+
+    The exit status is 1, and the missing shards are named, if there are any.
+
+    Examples:
+        clip-index finalize embeddings/
+
+    Args:
+        embeddings: the folder that all ranks have embedded into
+        json: print one JSON document
+    """
+    from clip_index import storage, store
+
+    folder = storage.absolute(embeddings)
+    manifest = store.finalize(folder, store.Manifest.load(folder))
+    told = {"embeddings": folder, "rows": manifest.rows, "failed": manifest.failed, "shards": len(manifest.ids)}
+    if json:
+        print_json(told)
+    else:
+        print("{embeddings}: {rows:,} rows in {shards:,} shards, {failed:,} failed samples".format(**told))
+        suggest("build-index", embeddings, "index")
 
 
 def build_index(
@@ -223,6 +253,7 @@ PROGRAM = Program(
     commands={
         "demo": demo,
         "embed": embed,
+        "finalize": finalize,
         "build-index": build_index,
         "query": query,
         "verify": verify,

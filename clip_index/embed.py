@@ -2,20 +2,22 @@
 
 1. `plan_embedding` looks at input and output: the tasks, which of them are finished, and whether they go together.
 2. `embed` has an executor run `EmbedJob` on the others, and counts samples and failures.
-3. The manifest is written over all markers at the end.
+3. The manifest is written over all markers at the end; where several ranks share the work, `store.finalize` does that
+   when all have ended.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from clip_index import executors, storage, store
+from clip_index import cluster, executors, storage, store
 from clip_index.embed_job import EmbedJob, chunks, cores, encode_samples, worker_encoder, worker_pool
 from clip_index.readers import open_reader
 from clip_index.types import ClipIndexError, IncompleteError, Task, UsageError
@@ -26,7 +28,7 @@ _JUDGED_FROM = 100
 
 @dataclass(frozen=True)
 class EmbedSummary:
-    """What a run did, and what the folder now holds: rows and failures of all of it.
+    """What a run did, and what the folder now holds: rows and failures of all of it, or of this rank's part.
 
     `samples_per_s` is the rate once running: from the first encoded batch to the last.
     """
@@ -41,16 +43,25 @@ class EmbedSummary:
     seconds: float
     samples_per_s: float = 0.0
     failed_files: list[str] = field(default_factory=list)
+    rank: int = 0
+    world: int = 1
 
 
 @dataclass(frozen=True)
 class EmbedPlan:
-    """What a run would do: the job, its tasks, and the markers of those that are finished."""
+    """What a run would do: the job, the rank's tasks, and the markers of those that are finished.
+
+    `shards` counts the tasks of all ranks, `stale` has the shards of this one whose inputs have changed, with what they
+    were made from.
+    """
 
     job: EmbedJob
     tasks: list[Task]
     done: dict[int, store.Shard]
     devices: list[str]
+    shards: int
+    stale: dict[int, str]
+    rank: cluster.Rank
 
     @property
     def todo(self) -> list[Task]:
@@ -73,8 +84,15 @@ def plan_embedding(
     retry_failed: bool = False,
     image_column: str | None = None,
     caption_column: str | None = None,
+    rank: int | None = None,
+    world: int | None = None,
 ) -> EmbedPlan:
-    """Look at input and output, and write nothing. Raises UsageError where they do not go together."""
+    """Look at input and output, and write nothing. Raises UsageError where they do not go together.
+
+    Of `world` processes that share the work, this is number `rank`: its tasks are every world-th. Where neither is
+    given, Slurm, torchrun or MPI may have told (`cluster.find_rank`).
+    """
+    part = cluster.find_rank(rank, world, os.environ)
     for name, value in {"batch_size": batch_size, "rows_per_shard": rows_per_shard}.items():
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
@@ -89,7 +107,8 @@ def plan_embedding(
     tasks = reader.plan(rows_per_shard)
     if not tasks:
         raise UsageError(f"nothing to embed in {source}")
-    workers = executors.parse_devices(devices, _cuda_devices(devices))
+    cuda_devices = _cuda_devices(devices)
+    workers = executors.parse_devices(part.devices(cuda_devices) if devices == "auto" else devices, cuda_devices)
     encoder = worker_encoder(model, workers[0], precision)
     config = store.EmbeddingConfig(
         encoder=encoder.name,
@@ -100,10 +119,22 @@ def plan_embedding(
         dim=encoder.dim,
     )
     width = _check_output(output, config, len(tasks))
-    done = _finished(output, tasks, update=update, retry_failed=retry_failed)
-    threads = None if len(workers) == 1 else max(1, cores() // len(workers))
-    job = EmbedJob(reader, output, config, workers[0], threads=threads, batch_size=batch_size, width=width)
-    return EmbedPlan(job, tasks, done, workers)
+    shards = len(tasks)
+    tasks = tasks[part.rank :: part.world]
+    done, stale = _finished(output, tasks, part, update=update, retry_failed=retry_failed)
+    bound = cores() < (os.cpu_count() or 1)  # the launcher has given each process its cores already
+    threads = max(1, cores() // (len(workers) * (1 if bound else part.local_world)))
+    job = EmbedJob(
+        reader,
+        output,
+        config,
+        workers[0],
+        threads=threads,
+        batch_size=batch_size,
+        width=width,
+        retry_failed=retry_failed,
+    )
+    return EmbedPlan(job, tasks, done, workers, shards, stale, part)
 
 
 def _cuda_devices(devices: str) -> int:
@@ -124,31 +155,39 @@ def _check_output(output: str, config: store.EmbeddingConfig, tasks: int) -> int
     if not storage.exists(storage.join(output, "manifest.json")):
         return store.name_width(tasks)
     existing = store.Manifest.load(output)
-    differences = existing.config.differences(config)
-    if differences:
-        raise UsageError(
-            f"{output} holds other embeddings ({'; '.join(differences)}): name another output folder, "
-            "or embed with what made this one"
-        )
+    _refuse_others(output, existing.config, config)
     if store.name_width(tasks) > existing.width:
         raise UsageError(f"{output} has room for {10**existing.width} shards, the input needs {tasks}")
     return existing.width
 
 
-def _finished(output: str, tasks: list[Task], *, update: bool, retry_failed: bool) -> dict[int, store.Shard]:
-    markers = store.read_markers(output)
+def _refuse_others(output: str, existing: store.EmbeddingConfig, config: store.EmbeddingConfig) -> None:
+    differences = existing.differences(config)
+    if differences:
+        raise UsageError(
+            f"{output} holds other embeddings ({'; '.join(differences)}): name another output folder, "
+            "or embed with what made this one"
+        )
+
+
+def _finished(
+    output: str, tasks: list[Task], part: cluster.Rank, *, update: bool, retry_failed: bool
+) -> tuple[dict[int, store.Shard], dict[int, str]]:
+    """(the markers that count, the inputs of those whose inputs have changed) of a rank."""
+    markers = store.read_markers(output, rank=part.rank, world=part.world, files=False)
     planned = {task.id: task.digest for task in tasks if task.id in markers}
-    changed = sorted(shard for shard, marker in markers.items() if planned.get(shard) != marker.inputs)
+    changed = {shard: marker.inputs for shard, marker in markers.items() if planned.get(shard) != marker.inputs}
     if changed and not update:
         raise UsageError(
             f"{len(changed)} of the {len(markers)} finished shards in {output} were made from other inputs (the first "
-            f"is shard {changed[0]}): name another output folder, or give --update to embed them again"
+            f"is shard {min(changed)}): name another output folder, or give --update to embed them again"
         )
-    return {
+    done = {
         shard: marker
         for shard, marker in markers.items()
         if shard not in changed and not (retry_failed and marker.failed)
     }
+    return done, changed
 
 
 @dataclass(frozen=True)
@@ -219,19 +258,19 @@ def embed(
     started = time.monotonic()
     plan = plan_embedding(source, output, **options)
     job = plan.job
-    manifest = store.Manifest(job.config, tasks=len(plan.tasks), width=job.width)
-    rows = sum(shard.rows for shard in plan.done.values())
     summary = EmbedSummary(
         output=job.output,
         modalities=job.config.modalities,
-        rows=rows,
+        rows=sum(shard.rows for shard in plan.done.values()),
         failed=sum(shard.failed for shard in plan.done.values()),
         shards=len(plan.tasks),
         skipped_shards=len(plan.done),
         new_rows=0,
         seconds=0.0,
+        rank=plan.rank.rank,
+        world=plan.rank.world,
     )
-    _prepare(job.output, manifest, plan)
+    _prepare(plan)
     judge = _Judge(max_failure_rate, summary.rows, summary.failed)
     lock = threading.Lock()
     clock = _Clock()
@@ -244,11 +283,13 @@ def embed(
                 judge.add(good, failed)
 
         samples, shards = summary.rows + summary.failed, len(plan.done)
+        made: list[tuple[int, int, int]] = []
         lost: list[executors.Lost] = []
         for shard in _run(plan, report):
             if isinstance(shard, executors.Lost):
                 lost.append(shard)
                 continue
+            made.append((shard.id, shard.rows, shard.failed))
             samples, shards = samples + shard.rows + shard.failed, shards + 1
             with lock:
                 bar.shard_done(samples, shards)
@@ -257,32 +298,57 @@ def embed(
             f"{len(lost)} of {len(plan.tasks)} shards were given up after their workers died (the first is shard "
             f"{lost[0].task.id}: {lost[0].reason}); the others are finished, run the command again to try these"
         )
-    manifest = store.finalize(job.output, manifest)
+    _finish(plan)
     judge.end()
+    new_rows = sum(rows for _, rows, _ in made)
+    made += [(shard.id, shard.rows, shard.failed) for shard in plan.done.values()]
     failed_files = [
         storage.join(job.output, store.shard_files(shard, job.width)["failed"])
-        for shard, failed in zip(manifest.ids, manifest.shard_failed, strict=True)
+        for shard, _, failed in sorted(made)
         if failed
     ]
     return replace(
         summary,
-        rows=manifest.rows,
-        failed=manifest.failed,
-        new_rows=manifest.rows - rows,
+        rows=summary.rows + new_rows,
+        failed=sum(failed for _, _, failed in made),
+        new_rows=new_rows,
         seconds=time.monotonic() - started,
         samples_per_s=clock.rate,
         failed_files=failed_files,
     )
 
 
-def _prepare(output: str, manifest: store.Manifest, plan: EmbedPlan) -> None:
-    """Claim the folder for this configuration, and forget the markers that count no longer."""
-    if plan.todo or not storage.exists(storage.join(output, "manifest.json")):
-        manifest.write(output)
-    for shard in store.read_markers(output):
-        if shard not in plan.done:
-            for name in reversed(store.shard_files(shard, manifest.width).values()):  # its marker first
-                storage.remove(storage.join(output, name))
+def _prepare(plan: EmbedPlan) -> None:
+    """Claim the folder for this configuration, and forget the shards that count no longer."""
+    job = plan.job
+    manifest = store.Manifest(job.config, tasks=plan.shards, width=job.width)
+    if not manifest.write_first(job.output):
+        existing = store.Manifest.load(job.output)
+        _refuse_others(job.output, existing.config, job.config)  # one that began at the same moment
+        if existing.tasks != plan.shards or (plan.todo and existing.ids):
+            manifest.write(job.output)
+    for shard, inputs in plan.stale.items():
+        names = store.shard_files(shard, job.width)
+        marker = store.read_marker(job.output, names["done"])
+        if marker is not None and marker.inputs == inputs:  # not one that another run has made anew
+            for name in reversed(names.values()):  # its marker first
+                storage.remove(storage.join(job.output, *name.split("/")))
+
+
+def _finish(plan: EmbedPlan) -> None:
+    """Write the manifest, or leave it to who comes when all ranks have ended. Raises ClipIndexError."""
+    job = plan.job
+    if plan.rank.world == 1:
+        manifest = store.Manifest(job.config, tasks=plan.shards, width=job.width)
+        store.finalize(job.output, manifest, [task.digest for task in plan.tasks])
+        return
+    now = store.Manifest.load(job.output)
+    _refuse_others(job.output, now.config, job.config)
+    if now.tasks != plan.shards:
+        raise ClipIndexError(
+            f"{job.output} is planned for {now.tasks} shards now, rank {plan.rank.rank} found {plan.shards}: give all "
+            "ranks the same input, and run them again"
+        )
 
 
 class Progress:

@@ -38,12 +38,20 @@ class EmbedJob:
     threads: int | None = None
     batch_size: int = 32
     width: int = 5
+    retry_failed: bool = False
 
     def __call__(self, task: Task, report: executors.Report) -> store.Shard:
         return self.run(task, report)
 
     def run(self, task: Task, report: executors.Report = lambda rows, failed: None) -> store.Shard:
-        """Make one shard and return its marker. Raises ClipIndexError where the shard cannot be written."""
+        """Make one shard and return its marker; one that another worker has finished meanwhile is left as it is.
+
+        Raises ClipIndexError where the shard cannot be written.
+        """
+        done = store.read_marker(self.output, store.shard_files(task.id, self.width)["done"])
+        if done is not None and done.inputs == task.digest and not (self.retry_failed and done.failed):
+            report(done.rows, done.failed)
+            return done
         encoder = worker_encoder(self.config.encoder, self.device, self.config.precision)
         threads = self.threads or cores()
         pool = worker_pool(threads)

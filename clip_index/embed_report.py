@@ -16,8 +16,9 @@ def format_summary(summary: EmbedSummary) -> str:
     """What the folder holds now, and how fast it went."""
     rate = f", {summary.samples_per_s:,.0f} samples/s" if summary.samples_per_s else ""
     kept = f", {count(summary.skipped_shards, 'shard')} from earlier runs" if summary.skipped_shards else ""
+    part = f" of rank {summary.rank} of {summary.world}" if summary.world > 1 else ""
     return (
-        f"{summary.output}: {summary.rows:,} {_NOUNS[summary.modalities]} in {count(summary.shards, 'shard')}{kept}; "
+        f"{summary.output}: {summary.rows:,} {_NOUNS[summary.modalities]} in {count(summary.shards, 'shard')}{part}{kept}; "
         f"{duration(summary.seconds)}{rate}"
     )
 

@@ -119,7 +119,7 @@ def test_a_full_disk(folder, tmp_path):
     script = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
-        "from clip_index.cli import main; main()"
+        "from clip_index.cli import main; sys.exit(main())"
     )
     command = [sys.executable, "-c", script, "embed", str(folder / "photos"), str(tmp_path / "out")]
     full = subprocess.run(command, capture_output=True, text=True)
