@@ -14,7 +14,8 @@ from typing import IO, Any
 
 from clip_index.types import Hit
 
-_STEP_OF_SPREAD, _STEP_OF_BEST = 0.4, 0.08
+_CLEAR_STEP = 0.25
+_STEP, _STEP_OF_SPREAD, _ENOUGH = 0.08, 0.4, 6
 _BAR_CELLS = 16
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -43,15 +44,16 @@ class Style:
 def weaker_from(scores: Sequence[float]) -> int | None:
     """The position in descending scores from which matches are clearly weaker, or None where no step stands out.
 
-    It lies at the largest drop, if that is two fifths of the whole spread or more, and 8% of the best score or more.
-    What a good score is depends on the model and the query; a step between neighbours means the same for all of them.
+    It lies at the largest drop, if that is a quarter of the best score or more; among six or more matches 8% will do if
+    it is two fifths of the whole spread. What a good score is depends on the model and the query; a step between
+    neighbours means the same for all of them.
     """
     drops = [before - after for before, after in itertools.pairwise(scores)]
     if not drops or scores[0] <= 0:
         return None
     drop = max(drops)
-    clear = drop >= _STEP_OF_SPREAD * (scores[0] - scores[-1]) and drop >= _STEP_OF_BEST * scores[0]
-    return drops.index(drop) + 1 if clear else None
+    stands_out = len(scores) >= _ENOUGH and drop >= _STEP_OF_SPREAD * (scores[0] - scores[-1])
+    return drops.index(drop) + 1 if drop >= (_STEP if stands_out else _CLEAR_STEP) * scores[0] else None
 
 
 def label(hit: Hit) -> str:

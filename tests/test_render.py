@@ -31,11 +31,14 @@ class Terminal(io.StringIO):
         ([], None),
         ([0.5], None),
         ([0.9, 0.3], 1),
-        ([0.31, 0.30], None),  # the drop is the whole spread, and still nothing
-        ([0.60, 0.59, 0.58, 0.40, 0.39], 3),
-        ([0.60, 0.55, 0.50, 0.45, 0.40], None),  # falls evenly
-        ([0.90, 0.60, 0.58, 0.30], 1),  # the larger of two steps, half of the spread
-        ([0.90, 0.70, 0.50, 0.30], None),  # a third of the spread each
+        ([0.31, 0.30], None),
+        ([0.60, 0.55, 0.40], 2),  # a quarter of the best
+        ([0.60, 0.55, 0.41], None),
+        ([0.60, 0.59, 0.58, 0.52, 0.51, 0.50], 3),  # a tenth of the best, three fifths of the spread
+        ([0.60, 0.59, 0.58, 0.52, 0.51], None),  # too few to say that it stands out
+        ([0.60, 0.59, 0.58, 0.54, 0.53, 0.52], None),  # half of the spread, and still next to nothing
+        ([0.60, 0.55, 0.50, 0.44, 0.39, 0.34], None),  # falls evenly
+        ([0.90, 0.60, 0.58, 0.30], 1),  # the larger of two steps
         ([-0.1, -0.5], None),
         ([0.0, -0.5], None),
         ([0.5, 0.5, 0.5], None),
