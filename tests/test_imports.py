@@ -36,8 +36,12 @@ ROOMS = {
     "clip": Room(
         "clip", top="types storage locations preprocess numpy torch", late="safetensors huggingface_hub ftfy regex"
     ),
-    "encoders": Room("encoders", top="types preprocess clip numpy torch safetensors tokenizers"),
-    "executors": Room("executors cluster", top="types", late="pyspark"),
+    "encoders": Room(
+        "encoders",
+        top="types preprocess clip numpy torch safetensors tokenizers",
+        late="open_clip transformers onnxruntime",
+    ),
+    "executors": Room("executors cluster spark", top="types", late="pyspark"),
     "embed": Room(
         "embed embed_job progress",
         top="types storage store readers executors numpy",
