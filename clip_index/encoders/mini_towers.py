@@ -1,9 +1,9 @@
 """The two towers of the model `mini`: EfficientNet-Lite0 for pictures and MiniLM (a BERT) for texts, inference only.
 
 1. Weights come folded and packed from `data/mini` (`pipelines/make_mini.py` writes them): convolutions have their
-   batch norm inside, the text tower's matrices are int8 with one scale a row.
-2. `Conv` and `Linear` hold one layer each. On the CPU they hand the layer, its activation and its residual to one
-   oneDNN call over a pre-packed weight; elsewhere they are the plain torch functions.
+   batch norm inside, the text tower's matrices are int8 with float16 scales.
+2. `Conv` and `Linear` hold one layer each. On the CPU they are one oneDNN call over a pre-packed weight, activation
+   included; elsewhere the plain torch functions.
 3. `ImageTower` maps uint8 pictures to pooled features, `TextTower` maps texts to mean-pooled token features.
 
 Rows do not depend on each other: batches are cut into blocks of `_BLOCK` pictures, texts are grouped by their own
@@ -51,12 +51,15 @@ class Conv:
     """A convolution with TensorFlow's `SAME` padding, then ReLU6 or a residual."""
 
     def __init__(self, weights: Weights, name: str, *, stride: int = 1, depthwise: bool = False, like: Tensor):
-        weight = weights[f"{name}.weight"].to(like).contiguous(memory_format=torch.channels_last)
-        self.bias = weights[f"{name}.bias"].to(like)
+        weight, self.bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        weight = round_filters(weight.float(), like.dtype) if depthwise else weight
+        weight = weight.to(like).contiguous(memory_format=torch.channels_last)
         self.kernel, self.stride, self.groups = weight.shape[-1], stride, len(weight) if depthwise else 1
         self.pad = self.kernel // 2 if stride == 1 else 0
         self.fused = fused(like.device)
-        if self.fused:
+        if not self.fused:
+            self.bias = self.bias.to(like)
+        else:
             channels = weight.shape[1] * self.groups
             weight = torch.ops.mkldnn._reorder_convolution_weight(
                 weight, [self.pad] * 2, [stride] * 2, [1, 1], self.groups, [_BLOCK, channels, 56, 56]
@@ -66,15 +69,15 @@ class Conv:
     def __call__(self, x: Tensor, *, relu6: bool = False, plus: Tensor | None = None) -> Tensor:
         if self.stride > 1:
             x = self._pad_same(x)
-        if not self.fused:
+        if self.fused:
+            activation = ("hardtanh", [0.0, 6.0]) if relu6 else ("none", [])
+            x = torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, [self.pad] * 2, [self.stride] * 2, [1, 1], self.groups, *activation, ""
+            )
+        else:
             x = F.conv2d(x, self.weight, self.bias, self.stride, self.pad, groups=self.groups)
             x = F.hardtanh_(x, 0.0, 6.0) if relu6 else x
-            return x if plus is None else x.add_(plus)
-        layer = (self.weight, self.bias, [self.pad] * 2, [self.stride] * 2, [1, 1], self.groups)
-        if plus is not None:
-            return torch.ops.mkldnn._convolution_pointwise.binary(x, plus, *layer, "add", 1.0, None, [], None)
-        activation = ("hardtanh", [0.0, 6.0]) if relu6 else ("none", [])
-        return torch.ops.mkldnn._convolution_pointwise(x, *layer, *activation, "")
+        return x if plus is None else x.add_(plus)
 
     def _pad_same(self, x: Tensor) -> Tensor:
         pads = []
@@ -88,33 +91,35 @@ class ImageTower:
     """EfficientNet-Lite0 without its classifier: uint8 [n, h, w, 3] to float32 [n, 1280] (mean over positions)."""
 
     def __init__(self, weights: Weights, *, device: torch.device, dtype: torch.dtype):
-        self.like = torch.empty(0, device=device, dtype=dtype)
-        self.stem = Conv(weights, "stem", stride=2, like=self.like)
+        # The first block has the widest range and no activation at its end; its rounding errors would be the largest.
+        self.first, self.rest = torch.empty(0, device=device), torch.empty(0, device=device, dtype=dtype)
+        self.stem = Conv(weights, "stem", stride=2, like=self.first)
         self.blocks: list[tuple[Conv | None, Conv, Conv, bool]] = []
         for repeats, _, stride, expansion, channels_in, channels_out in _STAGES:
             for repeat in range(repeats):
                 name = f"blocks.{len(self.blocks)}"
+                like = self.rest if self.blocks else self.first
                 step = stride if repeat == 0 else 1
                 self.blocks.append(
                     (
-                        Conv(weights, f"{name}.expand", like=self.like) if expansion > 1 else None,
-                        Conv(weights, f"{name}.depthwise", stride=step, depthwise=True, like=self.like),
-                        Conv(weights, f"{name}.project", like=self.like),
+                        Conv(weights, f"{name}.expand", like=like) if expansion > 1 else None,
+                        Conv(weights, f"{name}.depthwise", stride=step, depthwise=True, like=like),
+                        Conv(weights, f"{name}.project", like=like),
                         step == 1 and (repeat > 0 or channels_in == channels_out),
                     )
                 )
-        self.head = Conv(weights, "head", like=self.like)
+        self.head = Conv(weights, "head", like=self.rest)
 
     def __call__(self, images: np.ndarray) -> Tensor:
         return torch.cat([self._block(block) for block in torch.from_numpy(images).split(_BLOCK)])
 
     def _block(self, pixels: Tensor) -> Tensor:
         # 1/128, the rest of the normalisation, is inside the stem's weight: the zero padding must mean the mean pixel
-        x = pixels.to(self.like.device).permute(0, 3, 1, 2).to(self.like.dtype).sub_(_PIXEL_MEAN)
+        x = pixels.to(self.first.device).permute(0, 3, 1, 2).to(self.first.dtype).sub_(_PIXEL_MEAN)
         x = self.stem(x, relu6=True)
         for expand, depthwise, project, residual in self.blocks:
             wide = expand(x, relu6=True) if expand else x
-            x = project(depthwise(wide, relu6=True), plus=x if residual else None)
+            x = project(depthwise(wide, relu6=True), plus=x if residual else None).to(self.rest.dtype)
         return self.head(x, relu6=True).float().mean((2, 3))
 
 
@@ -220,13 +225,28 @@ class TextTower:
         tokens = torch.tensor([row + [0] * (length - len(row)) for row in ids], device=device)
         lengths = torch.tensor([len(row) for row in ids], device=device)
         mask = torch.arange(length, device=device) < lengths[:, None]
-        x = self.words[tokens] * self.word_scales[tokens][..., None] + self.positions[:length]
+        x = self.words[tokens] * self.word_scales[tokens] + self.positions[:length]
         x = self.norm(x).to(self.like.dtype)
         for layer in self.layers:
             x = layer(x, mask[:, None, None])
         return x.float().mul_(mask[..., None]).sum(1) / lengths[:, None]
 
 
+def round_filters(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Depthwise filters [n, 1, h, w] in a narrower type, with each filter's sum kept.
+
+    Pictures are smooth, so that what counts is the sum: the rounding error of a tap goes into the next smaller one.
+    """
+    taps = weight.flatten(1)
+    rounded, carried = torch.empty_like(taps, dtype=dtype), torch.zeros(len(taps), dtype=taps.dtype)
+    for tap in taps.abs().argsort(dim=1, descending=True, stable=True).T:
+        wanted = taps.gather(1, tap[:, None])[:, 0] + carried
+        rounded.scatter_(1, tap[:, None], wanted.to(dtype)[:, None])
+        carried = wanted - wanted.to(dtype)
+    return rounded.view_as(weight)
+
+
 def dequantize(weights: Weights, name: str) -> Tensor:
-    """A matrix stored as int8 rows with a scale each, in float32."""
-    return weights[name] * weights[f"{name}.scale"].float()[:, None]
+    """A matrix in float32, from int8 and one scale for each group of a row's numbers."""
+    scales = weights[f"{name}.scale"].float()
+    return (weights[name].unflatten(1, (scales.shape[1], -1)) * scales[..., None]).flatten(1)
