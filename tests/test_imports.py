@@ -41,11 +41,12 @@ ROOMS = {
         top="types preprocess clip numpy torch safetensors tokenizers",
         late="open_clip transformers onnxruntime",
     ),
-    "executors": Room("executors cluster spark", top="types", late="pyspark"),
+    "executors": Room("executors cluster", top="types"),
+    "spark": Room("spark", top="types executors", late="pyspark py4j pyarrow"),
     "embed": Room(
         "embed embed_job progress",
         top="types storage store readers executors numpy",
-        late="encoders torch tqdm",
+        late="encoders spark torch tqdm",
     ),
     "index": Room(
         "index index_folder index_writer families metadata vectors recall report autofaiss_compat",
