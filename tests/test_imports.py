@@ -45,8 +45,8 @@ ROOMS = {
     "spark": Room("spark", top="types executors", late="pyspark py4j pyarrow"),
     "embed": Room(
         "embed embed_job progress",
-        top="types storage store readers executors numpy",
-        late="encoders spark torch tqdm",
+        top="types storage store readers executors spark numpy",
+        late="encoders torch tqdm",
     ),
     "index": Room(
         "index index_folder index_writer families metadata vectors recall report autofaiss_compat",
