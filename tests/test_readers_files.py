@@ -258,6 +258,16 @@ def test_sidecars_become_flat_columns(tmp_path):
     assert (only_text["meta_width"], only_text["meta_height"]) == (5, 6)
 
 
+def test_a_caption_that_is_no_text_is_a_column(tmp_path):
+    write(
+        tmp_path,
+        **{"a.jpg": b"A", "a.json": '{"caption": ["one", "two"]}', "b.jpg": b"B", "b.json": '{"caption": null}'},
+    )
+    found = read(tmp_path)
+    assert (found["a.jpg"].text, found["a.jpg"].meta) == (None, {"meta_caption": '["one", "two"]'})
+    assert (found["b.jpg"].text, found["b.jpg"].meta) == (None, {})
+
+
 @pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"\xff\xfe\xff", b"[" * 100_000, b'{"n": ' + b"9" * 5000 + b"}"])
 def test_a_broken_sidecar_keeps_the_picture_and_says_so(tmp_path, data):
     write(tmp_path, **{"a.jpg": b"A", "a.json": data})

@@ -4,6 +4,7 @@ import datetime
 import decimal
 import json
 import pickle
+import tracemalloc
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,11 +18,11 @@ from clip_index.types import ClipIndexError, SampleError, Task, UsageError
 HUGGING_FACE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def write_table(path, columns, *, rows=None, types=None):
+def write_table(path, columns, *, rows=None, types=None, **options):
     """A parquet file of named lists; `rows` to a row group."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fields = [pa.array(values, (types or {}).get(name)) for name, values in columns.items()]
-    pq.write_table(pa.table(fields, names=list(columns)), path, row_group_size=rows)
+    pq.write_table(pa.table(fields, names=list(columns)), path, row_group_size=rows, **options)
     return str(path)
 
 
@@ -169,6 +170,12 @@ def test_columns_are_chosen_by_name_and_type(columns, image, caption):
     assert (roles.image, roles.caption) == (image, caption)
 
 
+def test_a_column_has_one_role():
+    table = pa.table({"caption": ["a.jpg"], "text": ["t"]})
+    assert schema.choose(table.schema, "t.parquet", image="caption").caption is None
+    assert schema.choose(table.schema, "t.parquet", image="caption", caption="text").caption == "text"
+
+
 def test_columns_can_be_named(tmp_path):
     columns = {"jpg": [b"J"], "thumb": [b"T"], "caption": ["c"], "alt_text": ["a"], "n": [1]}
     path = write_table(tmp_path / "t.parquet", columns)
@@ -286,6 +293,21 @@ def test_batches_are_small_where_rows_are_large(tmp_path, monkeypatch):
     path = write_table(tmp_path / "t.parquet", {"jpg": [bytes([i]) * 1024 for i in range(50)], "text": ["x"] * 50})
     assert len(read(path)) == 50
     assert len(lengths) > 10 and max(lengths) <= 4
+
+
+def test_memory_does_not_hold_a_row_group(tmp_path):
+    pictures = [bytes([i]) * (1 << 18) for i in range(128)]
+    pages = {"compression": "none", "use_dictionary": False, "write_batch_size": 4}  # a page is the least one can hold
+    path = write_table(tmp_path / "t.parquet", {"jpg": pictures}, **pages)
+    reader = open_reader(path)
+    (task,) = reader.plan(1000)
+    tracemalloc.start()
+    try:
+        count = sum(1 for _ in reader.read(task))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert count == 128 and peak < 16 << 20
 
 
 def test_a_damaged_file_is_one_failed_sample(tmp_path):

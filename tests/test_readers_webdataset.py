@@ -153,6 +153,15 @@ def test_a_tar_cut_off_anywhere_gives_what_it_holds_and_one_failure(tmp_path):
             assert error.startswith(f"{cut} is ") and (str(length) in error if length > 512 else True)
 
 
+def test_a_sample_that_is_cut_off_before_its_picture_is_no_second_failure(tmp_path):
+    path = tmp_path / "x.tar"
+    write_tar(path, [("0.txt", b"zero"), ("0.webp", b"0"), ("1.txt", b"one"), ("1.webp", bytes(2000))])
+    path.write_bytes(path.read_bytes()[:5000])
+    good, bad = read(path)
+    assert (good.key, good.text, good.image) == ("x/0", "zero", b"0")
+    assert bad.error == f"{path} is cut off at byte 5000, in 1.webp"
+
+
 def test_a_damaged_header_ends_the_tar_with_a_failure(tmp_path):
     path = tmp_path / "x.tar"
     write_tar(path, [(f"{i}.jpg", b"x" * 100) for i in range(3)])
@@ -376,8 +385,9 @@ def test_remote_tars(tmp_path):
     assert [s.key for s in read(root)][:2] == ["p/0/0", "p/0/1"]
 
 
-def test_memory_holds_one_member_not_the_tar(tmp_path):
-    path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", bytes(1 << 20)) for i in range(24)])
+@pytest.mark.parametrize(("members", "size", "limit"), [(24, 1 << 20, 5 << 20), (3000, 1, 3000 * 250)])
+def test_memory_holds_one_member_not_the_tar(tmp_path, members, size, limit):
+    path = write_tar(tmp_path / "x.tar", [(f"{i}.jpg", bytes(size)) for i in range(members)])
     reader = open_reader(path)
     (task,) = reader.plan(10)
     tracemalloc.start()
@@ -386,4 +396,4 @@ def test_memory_holds_one_member_not_the_tar(tmp_path):
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert count == 24 and peak < 5 << 20
+    assert count == members and peak < limit
