@@ -114,7 +114,9 @@ def _read_open_clip(folder: str) -> tuple[CLIPConfig, Preprocess]:
     told = _read_json(where)
     config = from_open_clip(told.get("model_cfg", {}), where)
     settings = dict(told.get("preprocess_cfg", {}))
-    return config, _preprocess([settings.get("size", config.vision.image_size)], settings, config, where)
+    return config, _preprocess(
+        [settings.get("size", config.vision.image_size)], settings, config.vision.image_size, where
+    )
 
 
 def _read_hugging_face(folder: str) -> tuple[CLIPConfig, Preprocess]:
@@ -122,21 +124,36 @@ def _read_hugging_face(folder: str) -> tuple[CLIPConfig, Preprocess]:
     config = from_hugging_face(_read_json(where), where)
     where = os.path.join(folder, "preprocessor_config.json")
     told = _read_json(where) if os.path.exists(where) else {}
-    crop = told.get("do_center_crop", True)
+    return config, hugging_face_preprocess(told, config.vision.image_size, where)
+
+
+def hugging_face_preprocess(told: Mapping[str, Any], image_size: int, where: str) -> Preprocess:
+    """The preprocessing in a Hugging Face `preprocessor_config.json`; absent keys have the defaults of its class.
+
+    Raises ClipIndexError for what `Preprocess` cannot do, and where it does not lead to squares of `image_size`.
+    """
+    kind = told.get("image_processor_type") or told.get("feature_extractor_type") or "CLIPImageProcessor"
+    clip = "CLIP" in kind
+    size = told.get("size", {"shortest_edge": image_size} if clip else image_size)
+    crop = told.get("do_center_crop", clip)
+    short = "shortest_edge" in size if isinstance(size, dict) else clip
+    if short and not crop:
+        raise ClipIndexError(f"{where}: pictures are scaled to {size} and not cropped, which makes no squares")
+    inception = None if clip else (0.5, 0.5, 0.5)
     normal = told.get("do_normalize", True)
+    resample = told.get("resample", 2 if kind.startswith("ViT") else 3)
     settings = {
-        "mean": told.get("image_mean") if normal else (0, 0, 0),
-        "std": told.get("image_std") if normal else (1, 1, 1),
-        "interpolation": {1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(told.get("resample", 3), told.get("resample")),
-        "resize_mode": "shortest" if crop else "squash",
+        "mean": told.get("image_mean", inception) if normal else (0, 0, 0),
+        "std": told.get("image_std", inception) if normal else (1, 1, 1),
+        "interpolation": {1: "lanczos", 2: "bilinear", 3: "bicubic"}.get(resample, resample),
+        "resize_mode": "shortest" if short else "squash",
         "crop_offset": "floor",
     }
-    sizes = [told.get("size"), told.get("crop_size") if crop else None]
-    return config, _preprocess([size for size in sizes if size is not None], settings, config, where)
+    sizes = [size, told.get("crop_size")] if crop else [size]
+    return _preprocess([size for size in sizes if size is not None], settings, image_size, where)
 
 
-def _preprocess(sizes: Sequence[Any], settings: Mapping[str, Any], config: CLIPConfig, where: str) -> Preprocess:
-    wanted = config.vision.image_size
+def _preprocess(sizes: Sequence[Any], settings: Mapping[str, Any], wanted: int, where: str) -> Preprocess:
     for size in sizes:
         if {wanted} != set(size.values() if isinstance(size, dict) else size if isinstance(size, list) else [size]):
             raise ClipIndexError(f"{where}: pictures are scaled to {size}, but the model takes {wanted} x {wanted}")

@@ -106,6 +106,15 @@ def _sign(told: Mapping[str, Any], module: nn.Module, state: Any, prefix: str, m
     metadata[layouts.METADATA] = told
 
 
+def absolute_name(name: str) -> str:
+    """The name of a model, for use in any folder: a path in it is made absolute."""
+    arch, _, rest = name.partition("/")
+    for prefix, path in (("", name), (f"{arch}/", rest)):
+        if os.path.exists(os.path.expanduser(path)):
+            return prefix + os.path.abspath(os.path.expanduser(path))
+    return name
+
+
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", os.sep)) or name.endswith(names.SUFFIXES) or name.count("/") > 1
 
@@ -135,7 +144,7 @@ def _settle_config(checkpoint: Checkpoint, stated: CLIPConfig | None, activation
 
 
 def fingerprint(model: CLIP) -> str:
-    """32 hexadecimal digits that identify the configuration and the values, whatever layout they were stored in.
+    """What identifies a model's configuration and values, whatever layout they were stored in.
 
     Remembered for the file that a model was loaded from: hashing takes longer than loading.
     """
@@ -147,15 +156,21 @@ def fingerprint(model: CLIP) -> str:
         place = os.path.join(cache_folder(), "fingerprints", hashlib.sha256(key.encode()).hexdigest())
         with contextlib.suppress(OSError):
             return storage.read_bytes(place).decode()
-    digest = hashlib.sha256(config.encode())
-    for name, value in sorted(model.state_dict().items()):
-        if value.is_floating_point():
-            digest.update(f"{name} {list(value.shape)}".encode())
-            digest.update(value.detach().cpu().float().contiguous().numpy())
+    digest = hash_tensors(config, model.state_dict())
     if place is not None:
         # A cache that cannot be written is no reason to fail.
         with contextlib.suppress(OSError):
-            storage.write_bytes(place, digest.hexdigest()[:32].encode())
+            storage.write_bytes(place, digest.encode())
+    return digest
+
+
+def hash_tensors(config: str, state: Mapping[str, torch.Tensor]) -> str:
+    """32 hexadecimal digits that identify a configuration and the values of float tensors, whatever their type."""
+    digest = hashlib.sha256(config.encode())
+    for name, value in sorted(state.items()):
+        if value.is_floating_point():
+            digest.update(f"{name} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy())
     return digest.hexdigest()[:32]
 
 

@@ -51,7 +51,7 @@ MODELS |= {
     )
     for name, weights in WEIGHTS.items()
 }
-PREFIXES: dict[str, str] = {"path": "clip"}
+PREFIXES: dict[str, str] = {"path": "clip", "open_clip": "open_clip", "hf": "transformers"}
 
 
 def list_models() -> list[dict[str, Any]]:

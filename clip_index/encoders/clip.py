@@ -7,22 +7,20 @@ unit rows in the order given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from clip_index.clip.folding import byte_tower, fold, lower_precision
-from clip_index.clip.loading import fingerprint, load_model
+from clip_index.clip.loading import absolute_name, fingerprint, load_model
 from clip_index.clip.model import CLIP
 from clip_index.clip.tokenizer import tokenize
+from clip_index.encoders.batches import Batches
+from clip_index.encoders.library import check_images
 from clip_index.encoders.runtime import DTYPES, resolve_device, resolve_precision
 from clip_index.preprocess import Preprocess
-from clip_index.types import ClipIndexError, normalize
 
-_BLOCK = {"cpu": (32, 64), "cuda": (256, 1024)}
-"""Pictures and texts that go through the model at once, at first: out of memory halves it."""
 _STEP = {"cpu": 4, "cuda": 16}
 """Texts whose lengths round up to the same multiple go together."""
 
@@ -45,12 +43,11 @@ class ClipEncoder:
         towers: tuple[str, ...] = ("image", "text"),
     ):
         self.name, self.fingerprint, self.precision = name, fingerprint, precision
-        self.preprocess, self.dim, self.device = preprocess, model.config.embed_dim, device
+        self.preprocess, self.dim = preprocess, model.config.embed_dim
+        self._batches = Batches(device)
         self._context_length = model.context_length
-        self._trim = not model.config.text.mixer
-        self._step = _STEP[device.type] if self._trim else self._context_length
-        self._block = dict(zip(("image", "text"), _BLOCK[device.type], strict=True))
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # A Mixer needs its texts whole: one group, uncut.
+        self._step = model.context_length if model.config.text.mixer else _STEP[device.type]
         model.eval().requires_grad_(False)
         # The image tower leaves the model, so that each can be there without the other.
         visual, model.visual = model.visual, torch.nn.Identity()
@@ -61,10 +58,10 @@ class ClipEncoder:
 
     def encode_image(self, images: np.ndarray) -> np.ndarray:
         """uint8 [n, size, size, 3] to float32 [n, dim], unit rows."""
-        size = self.preprocess.size
-        if images.dtype != np.uint8 or images.shape[1:] != (size, size, 3):
-            raise ClipIndexError(f"expected uint8 [n, {size}, {size}, 3], got {images.dtype} {list(images.shape)}")
-        return normalize(self._run("image", self._image, torch.from_numpy(images)))
+        check_images(images, self.preprocess.size)
+        if not len(images):
+            return np.empty((0, self.dim), np.float32)
+        return self._batches.run("image", self._image, torch.from_numpy(images))
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
         """n texts, cut at the model's context length, to float32 [n, dim], unit rows."""
@@ -72,40 +69,9 @@ class ClipEncoder:
         vectors = np.empty((len(texts), self.dim), np.float32)
         lengths = self._text.end_of_text(tokens).numpy() + 1
         for rows in groups_of_similar_length(lengths, self._step):
-            group = tokens[torch.from_numpy(rows), : lengths[rows].max() if self._trim else None]
-            vectors[rows] = self._run("text", self._text.encode_text, group)
-        return normalize(vectors)
-
-    @torch.inference_mode()
-    def _run(self, kind: str, tower: Callable[[Tensor], Tensor], inputs: Tensor) -> np.ndarray:
-        """float32 [n, dim] of inputs [n, ...], in blocks that fit the device."""
-        blocks: list[Tensor] = []
-        done = 0
-        while done < len(inputs):
-            block = inputs[done : done + self._block[kind]]
-            try:
-                blocks.append(tower(self._to_device(block)).float())
-            except torch.OutOfMemoryError as error:
-                if len(block) == 1:
-                    raise ClipIndexError(f"{self.name}: one {kind} does not fit the memory of {self.device}") from error
-                self._block[kind] = len(block) // 2
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
-            else:
-                done += len(block)
-        # One copy back, after the last block: until then nothing waits for the device.
-        return torch.cat(blocks).cpu().numpy() if blocks else np.empty((0, self.dim), np.float32)
-
-    def _to_device(self, block: Tensor) -> Tensor:
-        if self._copies is None:
-            return block
-        # On a stream of its own the copy runs while the device computes the block before.
-        current = torch.cuda.current_stream(self.device)
-        with torch.cuda.stream(self._copies):
-            moved = block.pin_memory().to(self.device, non_blocking=True)
-        current.wait_stream(self._copies)
-        moved.record_stream(current)
-        return moved
+            longest = self._context_length if self._step == self._context_length else lengths[rows].max()
+            vectors[rows] = self._batches.run("text", self._text.encode_text, tokens[torch.from_numpy(rows), :longest])
+        return vectors
 
 
 def groups_of_similar_length(lengths: np.ndarray, step: int) -> Iterator[np.ndarray]:
@@ -120,5 +86,5 @@ def load(name: str, *, device: str, precision: str, towers: tuple[str, ...]) -> 
     where = resolve_device(device)
     precision = resolve_precision(precision, where)
     model, preprocess = load_model(name)
-    mark = fingerprint(model)
-    return ClipEncoder(model, preprocess, name=name, fingerprint=mark, device=where, precision=precision, towers=towers)
+    kwargs = {"name": absolute_name(name), "fingerprint": fingerprint(model), "precision": precision}
+    return ClipEncoder(model, preprocess, device=where, towers=towers, **kwargs)
