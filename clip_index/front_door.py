@@ -103,13 +103,14 @@ def _call(name: str, command: Command, values: dict[str, Any]) -> None:
 
 def explain(error: BaseException) -> tuple[int, str]:
     """(exit status, one line) for an exception."""
-    from clip_index.types import ClipIndexError, UsageError
+    from clip_index.types import ClipIndexError, IncompleteError, UsageError
 
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED, "interrupted"
     message = " ".join(str(error).split())
     if isinstance(error, ClipIndexError):
-        return (USAGE if isinstance(error, UsageError) else FAILED), message
+        status = USAGE if isinstance(error, UsageError) else FAILED
+        return (FAILED_SAMPLES if isinstance(error, IncompleteError) else status), message
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return FAILED, f"out of memory{': ' if message else ''}{message}"
     if isinstance(error, OSError) and (error.strerror or error.filename):

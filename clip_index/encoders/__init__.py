@@ -32,7 +32,7 @@ class ModelInfo:
 
 MODELS: dict[str, ModelInfo] = {
     "mini": ModelInfo(
-        module="mini",
+        module="mini_text",
         dim=384,
         resolution=224,
         licence="Apache-2.0",
