@@ -15,6 +15,7 @@ from clip_index import front_door
 from clip_index._version import __version__
 from clip_index.command import Program
 from clip_index.console import beside, count, note, print_json, suggest
+from clip_index.convert import convert
 from clip_index.query import query
 
 
@@ -258,6 +259,7 @@ PROGRAM = Program(
         "query": query,
         "verify": verify,
         "models": models,
+        "convert": convert,
     },
 )
 

@@ -56,9 +56,9 @@ ROOMS = {
     "search": Room("search expression", top="types storage locations store index numpy", late="encoders faiss PIL"),
     "show": Room("render terminal sheet thumbnails", top="types storage", late="preprocess PIL"),
     "cli": Room(
-        "__init__ __main__ cli query embed_report command arguments front_door console",
+        "__init__ __main__ cli query convert embed_report command arguments front_door console",
         top="_version",
-        late="types storage store readers encoders embed index search show demo fire",
+        late="types storage store readers clip encoders embed index search show demo fire",
     ),
     "demo": Room("demo", top="cli storage show", late="readers embed index search"),
 }
