@@ -106,8 +106,15 @@ class Metadata:
         with pa.memory_map(path) as source:  # the batches keep the mapping
             reader = pa.ipc.open_file(source)
             self._batches = [reader.get_batch(position) for position in range(reader.num_record_batches)]
+        self._schema = reader.schema
         self.names: list[str] = reader.schema.names
         self.rows = sum(batch.num_rows for batch in self._batches)
+
+    def table(self) -> Any:
+        """All rows as a pyarrow Table over the mapped file: nothing is read before it is used."""
+        import pyarrow as pa
+
+        return pa.Table.from_batches(self._batches, self._schema)
 
     def take(self, rows: Iterable[int], names: list[str] | None = None) -> list[dict[str, Any]]:
         """The given rows as dicts, in the given order; all columns, or those named. NaN becomes None, as in JSON."""

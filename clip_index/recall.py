@@ -45,14 +45,15 @@ def exact_neighbours(vectors: Vectors, queries: Queries, k: int) -> tuple[np.nda
     rows = np.full((count, wanted), -1, np.int64)
     for start, block in vectors.blocks():
         near, offsets = faiss.knn(queries.vectors, block, min(wanted, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-        scores, rows = _best(np.concatenate([scores, near], 1), np.concatenate([rows, offsets + start], 1), wanted)
+        scores, rows = best(np.concatenate([scores, near], 1), np.concatenate([rows, offsets + start], 1), wanted)
     if queries.own is not None:
         mine = rows == queries.own[:, None]
         scores[mine], rows[mine] = -np.inf, -1
-    return _best(scores, rows, k)
+    return best(scores, rows, k)
 
 
-def _best(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def best(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first k columns by falling score."""
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 

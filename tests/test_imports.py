@@ -49,11 +49,13 @@ ROOMS = {
         late="encoders torch tqdm",
     ),
     "index": Room(
-        "index index_folder index_writer families metadata vectors recall report autofaiss_compat",
+        "index index_folder index_writer families metadata vectors recall report autofaiss_compat selection conditions",
         top="types storage locations store numpy",
-        late="faiss autofaiss embedding_reader pyarrow",
+        late="faiss autofaiss embedding_reader pyarrow duckdb",
     ),
-    "search": Room("search expression", top="types storage locations store index numpy", late="encoders faiss PIL"),
+    "search": Room(
+        "search expression distinct", top="types storage locations store index numpy", late="encoders faiss PIL"
+    ),
     "show": Room("render terminal sheet thumbnails", top="types storage", late="preprocess PIL"),
     "cli": Room(
         "__init__ __main__ cli query convert embed_report command arguments front_door console",
