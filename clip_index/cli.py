@@ -54,6 +54,7 @@ def embed(
     retry_failed: bool = False,
     rank: int | None = None,
     world: int | None = None,
+    executor: Literal["local", "spark"] = "local",
     dry_run: bool = False,
     json: bool = False,
 ) -> None:
@@ -85,6 +86,7 @@ def embed(
         retry_failed: embed shards again that have failed samples
         rank: the part of the work that is this process's, from 0; told by Slurm, torchrun or MPI where not given
         world: how many processes share the work; `clip-index finalize` comes after the last
+        executor: local runs on this machine's devices; spark on the cluster that Spark is configured for
         dry_run: say what would be done, from a few samples, and write nothing
         json: print the plan or the summary as one JSON document
     """
@@ -106,6 +108,7 @@ def embed(
         "retry_failed": retry_failed,
         "rank": rank,
         "world": world,
+        "executor": executor,
     }
     if dry_run:
         plan = preview(input, output, **options)

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from clip_index import cluster, executors, storage, store
-from clip_index.embed_job import EmbedJob, chunks, cores, encode_samples, worker_encoder, worker_pool
+from clip_index import cluster, executors, spark, storage, store
+from clip_index.embed_job import EmbedJob, chunks, cores, describe, encode_samples, worker_encoder, worker_pool
 from clip_index.readers import open_reader
 from clip_index.types import ClipIndexError, IncompleteError, Task, UsageError
 
@@ -62,6 +62,7 @@ class EmbedPlan:
     shards: int
     stale: dict[int, str]
     rank: cluster.Rank
+    executor: str
 
     @property
     def todo(self) -> list[Task]:
@@ -86,13 +87,17 @@ def plan_embedding(
     caption_column: str | None = None,
     rank: int | None = None,
     world: int | None = None,
+    executor: str = "local",
 ) -> EmbedPlan:
     """Look at input and output, and write nothing. Raises UsageError where they do not go together.
 
     Of `world` processes that share the work, this is number `rank`: its tasks are every world-th. Where neither is
-    given, Slurm, torchrun or MPI may have told (`cluster.find_rank`).
+    given, Slurm, torchrun or MPI may have told (`cluster.find_rank`). `executor` is local, or spark: the cluster of the
+    active session.
     """
-    part = cluster.find_rank(rank, world, os.environ)
+    if executor not in ("local", "spark"):
+        raise UsageError(f"executor must be local or spark, not {executor!r}")
+    part = cluster.find_rank(rank, world, {} if executor == "spark" else os.environ)
     for name, value in {"batch_size": batch_size, "rows_per_shard": rows_per_shard}.items():
         if value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
@@ -107,17 +112,15 @@ def plan_embedding(
     tasks = reader.plan(rows_per_shard)
     if not tasks:
         raise UsageError(f"nothing to embed in {source}")
-    cuda_devices = _cuda_devices(devices)
-    workers = executors.parse_devices(part.devices(cuda_devices) if devices == "auto" else devices, cuda_devices)
-    encoder = worker_encoder(model, workers[0], precision)
-    config = store.EmbeddingConfig(
-        encoder=encoder.name,
-        fingerprint=encoder.fingerprint,
-        precision=encoder.precision,
-        preprocess=encoder.preprocess.describe() if "image" in reader.modalities else {},
-        modalities=tuple(reader.modalities),
-        dim=encoder.dim,
-    )
+    if executor == "spark":
+        if part.world > 1:
+            raise UsageError("Spark spreads the work itself: give --executor spark or --rank and --world, not both")
+        workers = [spark.choose_device(devices)]
+        config = spark.call(functools.partial(describe, model, workers[0], precision, reader.modalities), workers[0])
+    else:
+        cuda_devices = _cuda_devices(devices)
+        workers = executors.parse_devices(part.devices(cuda_devices) if devices == "auto" else devices, cuda_devices)
+        config = describe(model, workers[0], precision, reader.modalities)
     width = _check_output(output, config, len(tasks))
     shards = len(tasks)
     tasks = tasks[part.rank :: part.world]
@@ -134,7 +137,7 @@ def plan_embedding(
         width=width,
         retry_failed=retry_failed,
     )
-    return EmbedPlan(job, tasks, done, workers, shards, stale, part)
+    return EmbedPlan(job, tasks, done, workers, shards, stale, part, executor)
 
 
 def _cuda_devices(devices: str) -> int:
@@ -145,7 +148,9 @@ def _cuda_devices(devices: str) -> int:
     return torch.cuda.device_count()
 
 
-def _run(plan: EmbedPlan, report: executors.Report) -> Iterator[store.Shard | executors.Lost]:
+def _run(plan: EmbedPlan, report: executors.Report) -> Iterator[store.Shard | spark.Made | executors.Lost]:
+    if plan.executor == "spark":
+        return spark.run_in_spark(plan.todo, plan.job, report)
     if len(plan.devices) == 1:
         return executors.run_in_process(plan.todo, plan.job.run, report)
     return executors.run_in_processes(plan.todo, [replace(plan.job, device=name) for name in plan.devices], report)
@@ -313,7 +318,7 @@ def embed(
         failed=sum(failed for _, _, failed in made),
         new_rows=new_rows,
         seconds=time.monotonic() - started,
-        samples_per_s=clock.rate,
+        samples_per_s=clock.rate if plan.executor == "local" else 0.0,  # Spark tells of all rows at the end
         failed_files=failed_files,
     )
 

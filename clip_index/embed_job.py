@@ -66,6 +66,19 @@ class EmbedJob:
             return writer.commit()
 
 
+def describe(model: str, device: str, precision: str, modalities: tuple[str, ...]) -> store.EmbeddingConfig:
+    """What will decide the numbers, told by the encoder where it will run."""
+    encoder = worker_encoder(model, device, precision)
+    return store.EmbeddingConfig(
+        encoder=encoder.name,
+        fingerprint=encoder.fingerprint,
+        precision=encoder.precision,
+        preprocess=encoder.preprocess.describe() if "image" in modalities else {},
+        modalities=tuple(modalities),
+        dim=encoder.dim,
+    )
+
+
 _loading = threading.Lock()
 
 
