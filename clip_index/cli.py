@@ -249,7 +249,7 @@ PROGRAM = Program(
     version=__version__,
     summary="embed pictures and captions, build a kNN index, search it with words or pictures",
     start=(
-        ("clip-index demo", "search 300 pictures now, offline"),
+        ("clip-index demo", "search 312 pictures now, offline"),
         ("clip-index embed photos/ embeddings/", "then your own: embed them,"),
         ("clip-index build-index embeddings/ index/", "build an index,"),
         ('clip-index query "a dog"', "and search it"),

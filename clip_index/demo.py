@@ -13,7 +13,7 @@ from clip_index import storage
 from clip_index.console import quote
 from clip_index.query import show
 
-QUERIES = ("a musical instrument", "a musical instrument - guitar", "fruit")
+QUERIES = ("something to eat", "a musical instrument", "a musical instrument - guitar")
 _SHOWN = 3
 _ON_SHEET = 8
 
