@@ -10,6 +10,7 @@ they are; the Mixer towers follow https://github.com/corentin-ryr/CLIP-mixer.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 
 import torch
@@ -243,7 +244,8 @@ class CLIP(nn.Module):
             config.vision, config
         )
         hidden = text.mlp_width or 4 * text.width
-        self.token_embedding = nn.Embedding(text.vocab_size, text.width)
+        # Not filled here: to draw normal numbers on the meta device would import torch's compiler, for a second.
+        self.token_embedding = nn.Embedding.from_pretrained(torch.empty(text.vocab_size, text.width), freeze=False)
         if text.mixer:
             self.register_parameter("positional_embedding", None)
             self.transformer = Mixer(text.width, text.layers, text.context_length, hidden, config)
@@ -252,7 +254,7 @@ class CLIP(nn.Module):
             self.transformer = Transformer(text.width, text.layers, text.heads, hidden, True, config)
         self.ln_final = nn.LayerNorm(text.width, config.eps)
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from clip_index.types import ClipIndexError, normalize
 
-_BLOCK = {"cpu": {"image": 32, "text": 64}, "cuda": {"image": 256, "text": 1024}}
-"""Inputs that go through a tower at once, at first: out of memory halves it."""
+_POSITIONS = {"cpu": 400, "cuda": 51_200}
+"""Positions (patches, tokens) that go through a tower at once, at first: what a core's cache holds; what fills a GPU.
+Out of memory halves it."""
 
 
 class Batches:
@@ -21,26 +22,26 @@ class Batches:
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None):
         """`dtype`, where given, is that of automatic mixed precision."""
         self.device, self.dtype = device, dtype
-        self._sizes = dict(_BLOCK[device.type])
+        self._positions = _POSITIONS[device.type]
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @torch.inference_mode()
-    def run(self, kind: str, tower: Callable[[Any], Tensor], inputs: Tensor | Sequence[Any]) -> np.ndarray:
-        """float32 [n, dim], unit rows, of n inputs; `tower` gets slices of them, tensors on the device.
+    def run(self, tower: Callable[[Any], Tensor], inputs: Tensor | Sequence[Any], positions: int) -> np.ndarray:
+        """float32 [n, dim], unit rows, of n inputs of so many positions each.
 
-        Raises ClipIndexError where a single input does not fit the memory.
+        `tower` gets slices of them, tensors on the device. Raises ClipIndexError where one does not fit the memory.
         """
         features: list[Tensor] = []
         done = 0
         while done < len(inputs):
-            block = inputs[done : done + self._sizes[kind]]
+            block = inputs[done : done + max(self._positions // positions, 1)]
             try:
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
                     features.append(tower(self._move(block) if isinstance(block, Tensor) else block).float())
             except torch.OutOfMemoryError as error:
                 if len(block) == 1:
-                    raise ClipIndexError(f"one {kind} does not fit the memory of {self.device}") from error
-                self._sizes[kind] = len(block) // 2
+                    raise ClipIndexError(f"a single input does not fit the memory of {self.device}") from error
+                self._positions = len(block) // 2 * positions
                 if self._copies is not None:
                     torch.cuda.empty_cache()
             else:

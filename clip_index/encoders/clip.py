@@ -15,6 +15,7 @@ import torch
 from clip_index.clip.folding import byte_tower, fold, lower_precision
 from clip_index.clip.loading import absolute_name, fingerprint, load_model
 from clip_index.clip.model import CLIP
+from clip_index.clip.packed import pack
 from clip_index.clip.tokenizer import tokenize
 from clip_index.encoders.batches import Batches
 from clip_index.encoders.library import check_images
@@ -45,23 +46,23 @@ class ClipEncoder:
         self.name, self.fingerprint, self.precision = name, fingerprint, precision
         self.preprocess, self.dim = preprocess, model.config.embed_dim
         self._batches = Batches(device)
-        self._context_length = model.context_length
+        self._context_length, self._patches = model.context_length, model.config.vision.grid**2
         # A Mixer needs its texts whole: one group, uncut.
         self._step = model.context_length if model.config.text.mixer else _STEP[device.type]
         model.eval().requires_grad_(False)
         # The image tower leaves the model, so that each can be there without the other.
         visual, model.visual = model.visual, torch.nn.Identity()
         if "image" in towers:
-            self._image = lower_precision(byte_tower(fold(visual), preprocess), DTYPES[precision]).to(device)
+            self._image = prepare(byte_tower(fold(visual), preprocess), precision, device)
         if "text" in towers:
-            self._text = lower_precision(fold(model), DTYPES[precision]).to(device)
+            self._text = prepare(fold(model), precision, device)
 
     def encode_image(self, images: np.ndarray) -> np.ndarray:
         """uint8 [n, size, size, 3] to float32 [n, dim], unit rows."""
         check_images(images, self.preprocess.size)
         if not len(images):
             return np.empty((0, self.dim), np.float32)
-        return self._batches.run("image", self._image, torch.from_numpy(images))
+        return self._batches.run(self._image, torch.from_numpy(images), self._patches)
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
         """n texts, cut at the model's context length, to float32 [n, dim], unit rows."""
@@ -70,8 +71,15 @@ class ClipEncoder:
         lengths = self._text.end_of_text(tokens).numpy() + 1
         for rows in groups_of_similar_length(lengths, self._step):
             longest = self._context_length if self._step == self._context_length else lengths[rows].max()
-            vectors[rows] = self._batches.run("text", self._text.encode_text, tokens[torch.from_numpy(rows), :longest])
+            group = tokens[torch.from_numpy(rows), :longest]
+            vectors[rows] = self._batches.run(self._text.encode_text, group, group.shape[1])
         return vectors
+
+
+def prepare(tower: torch.nn.Module, precision: str, device: torch.device) -> torch.nn.Module:
+    """A folded tower as it runs on a device."""
+    tower = lower_precision(tower, DTYPES[precision])
+    return pack(tower) if device.type == "cpu" else tower.to(device)
 
 
 def groups_of_similar_length(lengths: np.ndarray, step: int) -> Iterator[np.ndarray]:

@@ -17,6 +17,9 @@ from clip_index.encoders.runtime import DTYPES, resolve_precision
 from clip_index.preprocess import Preprocess
 from clip_index.types import ClipIndexError
 
+_PATCHES, _TOKENS = 197, 77
+"""Positions that are assumed of a picture and of a text, for the size of the blocks."""
+
 
 class LibraryEncoder:
     """An `Encoder` from two functions: normalised float images [n, 3, s, s], and texts, to features [n, dim].
@@ -42,20 +45,20 @@ class LibraryEncoder:
         self._mean, self._std = (
             torch.tensor(values, device=device)[:, None, None] * 255 for values in (preprocess.mean, preprocess.std)
         )
-        self.dim = self._batches.run("text", encode_texts, [""]).shape[1]
+        self.dim = self._batches.run(encode_texts, [""], _TOKENS).shape[1]
 
     def encode_image(self, images: np.ndarray) -> np.ndarray:
         """uint8 [n, size, size, 3] to float32 [n, dim], unit rows."""
         check_images(images, self.preprocess.size)
         if not len(images):
             return np.empty((0, self.dim), np.float32)
-        return self._batches.run("image", self._normalized_images, torch.from_numpy(images))
+        return self._batches.run(self._normalized_images, torch.from_numpy(images), _PATCHES)
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
         """n texts, cut at the model's context length, to float32 [n, dim], unit rows."""
         if not texts:
             return np.empty((0, self.dim), np.float32)
-        return self._batches.run("text", self._encode_texts, texts)
+        return self._batches.run(self._encode_texts, texts, _TOKENS)
 
     def _normalized_images(self, images: Tensor) -> Tensor:
         return self._encode_images((images.permute(0, 3, 1, 2) - self._mean) / self._std)
