@@ -38,8 +38,8 @@ def load(name: str, *, device: str, precision: str, towers: tuple[str, ...]) -> 
         raise UsageError(f"{name} takes pictures of any shape (NaFlex): take the SigLIP 2 of a fixed resolution")
     if config.model_type not in MODEL_TYPES:
         raise UsageError(f"{name} is of model type {config.model_type!r}: choose one of {', '.join(MODEL_TYPES)}")
-    model = _guarded(name, library.AutoModel.from_pretrained, place, dtype=torch.float32)
-    model = model.eval().requires_grad_(False).to(where)
+    model = _guarded(name, library.AutoModel.from_pretrained, place)
+    model = model.eval().requires_grad_(False).to(where, torch.float32)
     tokenizer = _guarded(name, library.AutoTokenizer.from_pretrained, place)
     told, _ = _guarded(name, library.ImageProcessingMixin.get_image_processor_dict, place)
     preprocess = hugging_face_preprocess(told, config.vision_config.image_size, f"the image processor of {name}")
