@@ -1,15 +1,14 @@
-"""Which faiss index for how many rows, and how it is made."""
+"""Which index for how many rows, and how its files are made."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import re
+from collections.abc import Callable
 
 import numpy as np
 
-from clip_index import autofaiss_compat
+from clip_index import autofaiss_compat, two_stage
+from clip_index.steps import Steps
 from clip_index.types import ClipIndexError
 from clip_index.vectors import Vectors
 
@@ -20,6 +19,7 @@ EXACT_KEYS = (EXACT_KEY, "Flat")
 EXACT_ROWS = 100_000
 """Below this an exact scan answers within some 10 ms on one thread, and there is nothing to tune."""
 _TRAINING_ROWS = 100_000
+_TWO_STAGE = re.compile(r"IVF(\d+),RaBitQ")
 
 
 def choose(rows: int, engine: str, index_key: str | None) -> tuple[str, str | None]:
@@ -28,50 +28,73 @@ def choose(rows: int, engine: str, index_key: str | None) -> tuple[str, str | No
         if engine == "auto":
             engine = "autofaiss" if autofaiss_compat.supports(index_key) else "faiss"
         return engine, index_key
-    if engine == "autofaiss" or (engine == "auto" and rows >= EXACT_ROWS):
+    if engine == "autofaiss":
         return "autofaiss", None
-    return "faiss", EXACT_KEY
+    return "faiss", EXACT_KEY if rows < EXACT_ROWS else f"IVF{two_stage.lists_for(rows)},RaBitQ"
+
+
+def is_two_stage(engine: str, key: str | None) -> bool:
+    """Whether a family has the second stage (`clip_index.two_stage`)."""
+    return engine == "faiss" and _TWO_STAGE.fullmatch(key or "") is not None
 
 
 def make(
-    vectors: Vectors, engine: str, key: str | None, *, memory: int, seconds: dict[str, float], verbose: bool = False
-) -> tuple[Any, str, str]:
-    """(faiss index over all rows in order, key, search parameters); `seconds` receives the time of each step."""
-    if engine == "autofaiss":
-        with timed(seconds, "build"):
-            return autofaiss_compat.build(vectors.path, index_key=key, memory=memory, verbose=verbose)
-    key = key or EXACT_KEY
-    return _with_faiss(vectors, key, seconds), key, ""
-
-
-def _with_faiss(vectors: Vectors, key: str, seconds: dict[str, float]) -> Any:
+    vectors: Vectors,
+    engine: str,
+    key: str | None,
+    *,
+    path: Callable[[str], str],
+    memory: int,
+    steps: Steps,
+    verbose: bool = False,
+) -> tuple[str, str]:
+    """Write the files of an index over all rows in order, `path` giving the place of each; (key, search parameters)."""
     import faiss
 
-    try:
-        built = faiss.index_factory(vectors.dim, key, faiss.METRIC_INNER_PRODUCT)
-        if not built.is_trained:
-            with timed(seconds, "train"):
-                # the first rows of a set are rarely like the rest of it
-                rows = np.random.default_rng(0).choice(
-                    vectors.rows, min(vectors.rows, _TRAINING_ROWS), replace=False, shuffle=False
-                )
-                built.train(vectors.take(rows))
-        with timed(seconds, "add"):
-            for _, block in vectors.blocks():
-                built.add(block)
-    except RuntimeError as error:
-        raise ClipIndexError(f"faiss cannot build {key} over {vectors.rows} rows: {reason(error)}") from error
+    parameters = ""
+    if engine == "autofaiss":
+        with steps.timed("build"):
+            built, key, parameters = autofaiss_compat.build(vectors.path, index_key=key, memory=memory, verbose=verbose)
+    else:
+        key = key or EXACT_KEY
+        try:
+            if found := _TWO_STAGE.fullmatch(key):
+                lists = min(int(found[1]), vectors.rows)
+                built = two_stage.build(vectors, path, lists, memory, steps)
+            else:
+                built = _with_faiss(vectors, key, steps)
+        except RuntimeError as error:
+            raise ClipIndexError(f"faiss cannot build {key} over {vectors.rows} rows: {reason(error)}") from error
+    if built.ntotal != vectors.rows or built.d != vectors.dim:
+        raise ClipIndexError(
+            f"the index has {built.ntotal} vectors of {built.d} dimensions, the manifest says "
+            f"{vectors.rows} of {vectors.dim}: is there another .npy file in {vectors.path}?"
+        )
+    with steps.timed("write"):
+        try:
+            faiss.write_index(built, path("index"))
+        except RuntimeError as error:
+            raise ClipIndexError(f"cannot write the index: {reason(error)}; what was there stands") from error
+    return key, parameters
+
+
+def _with_faiss(vectors: Vectors, key: str, steps: Steps) -> object:
+    import faiss
+
+    built = faiss.index_factory(vectors.dim, key, faiss.METRIC_INNER_PRODUCT)
+    if not built.is_trained:
+        with steps.timed("train"):
+            # the first rows of a set are rarely like the rest of it
+            rows = np.random.default_rng(0).choice(
+                vectors.rows, min(vectors.rows, _TRAINING_ROWS), replace=False, shuffle=False
+            )
+            built.train(vectors.take(rows))
+    with steps.timed("add"):
+        for _, block in vectors.blocks():
+            built.add(block)
     return built
 
 
 def reason(error: RuntimeError) -> str:
     """What faiss says without the C++ function that said it."""
     return str(error).strip().splitlines()[-1].split(": ", 1)[-1]
-
-
-@contextmanager
-def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    """Add the time of a block to a step."""
-    started = time.perf_counter()
-    yield
-    seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - started

@@ -1,9 +1,9 @@
 """Build an index folder from a folder of embeddings, and state what it gives.
 
 1. Check the manifest and every shard's shape.
-2. For each modality build a faiss index over all rows, in manifest order, with faiss or with autofaiss.
-3. Copy the metadata: parquet for other tools, one Arrow file for the search.
-4. Measure recall against exact search with held-out queries of each modality, and the time of a query.
+2. Copy the metadata: parquet for other tools, one Arrow file for the search.
+3. For each modality build an index over all rows, in manifest order (`clip_index.families`).
+4. Choose how far to look and measure what that gives, with held-out queries (`clip_index.measure`).
 5. Swap the finished folder in (`clip_index.index_folder`).
 """
 
@@ -17,23 +17,26 @@ import shutil
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from clip_index import families, locations, recall, storage
-from clip_index.families import timed
 from clip_index.index_folder import IndexFolder
 from clip_index.index_writer import IndexWriter
+from clip_index.measure import measure
 from clip_index.metadata import Metadata, metadata_files, write_metadata
+from clip_index.opened import Opened, open_files
 from clip_index.report import below_target, infos
+from clip_index.speed import measure_cold
+from clip_index.steps import Steps
 from clip_index.store import Manifest
+from clip_index.two_stage import ROWS, VECTORS, TwoStage, index_bytes
 from clip_index.types import ClipIndexError, UsageError
 from clip_index.vectors import Vectors
 
 _EXACT_QUERIES = 100  # exact search needs no estimate, only a check
-_WARM_UP = 10
-_SPEED_QUERIES, _SPEED_K = 200, 40  # as many neighbours as autofaiss asks for when it measures
 
 
 def build_index(
@@ -42,16 +45,17 @@ def build_index(
     *,
     memory: str | int = "4G",
     index_key: str | None = None,
-    recall_target: float = 0.95,
+    recall_target: float = 0.99,
     engine: str = "auto",
     queries: int = 1000,
     verbose: bool = False,
 ) -> dict[str, Any]:
     """Build the index folder `index` over the folder `embeddings`, both local paths or fsspec URLs.
 
-    `memory` bounds what autofaiss may use ("4G", or bytes). `index_key` is a faiss factory string; without it, sets of
-    less than 100,000 rows are searched exactly and autofaiss chooses for larger ones. `engine` is "auto", "faiss" or
-    "autofaiss". `queries` is how many of each modality recall is measured with, at most.
+    `memory` bounds what a build may hold ("4G", or bytes). `index_key` is a faiss factory string; without it, sets of
+    less than 100,000 rows are searched exactly and larger ones in two stages (`clip_index.two_stage`). `engine` is
+    "auto", "faiss" or "autofaiss", which chooses for itself. `recall_target` is what two stages are tuned to reach of
+    the 10 nearest. `queries` is how many of each modality recall is measured with, at most.
 
     Returns the report that also lies in report.json; `clip_index.report.format_report` makes a table of it. An index
     that was in the folder serves until the new one is complete. Raises UsageError for bad arguments, ClipIndexError
@@ -83,19 +87,49 @@ def build_index(
         engine, key = families.choose(manifest.rows, engine, index_key)
         exact = key in families.EXACT_KEYS
         held_out = _held_out(matrices, metadata, min(queries, _EXACT_QUERIES) if exact else queries)
+        search = {}
         for modality, vectors in matrices.items():
-            part = _build_one(writer, modality, vectors, (engine, key), limit, verbose)
-            built = _read_back(writer, modality)
-            _measure_one(part, built, modality, vectors, held_out)
+            steps = Steps()
+            asked = [
+                recall.Queries(kind, found, rows if kind == modality else None)
+                for kind, (rows, found) in held_out.items()
+            ]
+            built_key, parameters = families.make(
+                vectors,
+                engine,
+                key,
+                path=lambda suffix, name=modality: writer.path(f"{name}.{suffix}"),
+                memory=limit,
+                steps=steps,
+                verbose=verbose,
+            )
+            suffixes = ("index", VECTORS, ROWS) if families.is_two_stage(engine, built_key) else ("index",)
+            files = [writer.path(f"{modality}.{suffix}") for suffix in suffixes]
+            opened = open_files(*files)
+            measured, points = measure(opened, vectors, asked, recall_target, steps)
+            if asked and not exact:
+                measured["speed"]["cold"] = measure_cold(
+                    lambda names=tuple(files): open_files(*names), files, asked[0].vectors, points.get(asked[0].kind)
+                )
+            size = sum(os.path.getsize(name) for name in files)
+            memory_bytes = _memory_of(opened, size)
+            part = {"engine": engine, "index_key": built_key, "index_param": parameters, "bytes": size}
+            part |= {"bytes_per_vector": size / vectors.rows, "memory_bytes": memory_bytes}
+            part |= {"memory_bytes_per_vector": memory_bytes / vectors.rows, **measured}
+            part |= {"seconds": steps.seconds, "peak_memory_bytes": steps.peak_memory_bytes}
             report["warnings"] += below_target(modality, part, recall_target)
             report["indices"][modality] = part
+            search[modality] = {kind: asdict(point) for kind, point in points.items()}
             writer.write(
-                f"{modality}.json", _to_json(infos(part, built, vectors, storage.join(index, f"{modality}.index")))
+                f"{modality}.json",
+                _to_json(infos(part, files[0], vectors, storage.join(index, f"{modality}.index"))),
             )
         report["seconds"] = time.perf_counter() - started
         report["peak_memory_bytes"] = _peak_memory()
         writer.write("report.json", _to_json(report))
-        writer.commit(config, rows=manifest.rows, embeddings=embeddings, embeddings_digest=manifest.digest)
+        writer.commit(
+            config, rows=manifest.rows, embeddings=embeddings, embeddings_digest=manifest.digest, search=search
+        )
     locations.remember(index)
     return report
 
@@ -112,31 +146,6 @@ def parse_memory(memory: str | int) -> int:
     if size <= 0:
         raise UsageError(f"{memory!r} is not an amount of memory: write it as 4G or 512M")
     return size
-
-
-def _build_one(
-    writer: IndexWriter, modality: str, vectors: Vectors, family: tuple[str, str | None], memory: int, verbose: bool
-) -> dict[str, Any]:
-    import faiss
-
-    engine, key = family
-    seconds: dict[str, float] = {}
-    built, key, parameters = families.make(vectors, engine, key, memory=memory, seconds=seconds, verbose=verbose)
-    if built.ntotal != vectors.rows or built.d != vectors.dim:
-        raise ClipIndexError(
-            f"the {modality} index has {built.ntotal} vectors of {built.d} dimensions, the manifest says "
-            f"{vectors.rows} of {vectors.dim}: is there another .npy file in {vectors.path}?"
-        )
-    path = writer.path(f"{modality}.index")
-    with timed(seconds, "write"):
-        try:
-            faiss.write_index(built, path)
-        except RuntimeError as error:
-            reason = families.reason(error)
-            raise ClipIndexError(f"cannot write the {modality} index: {reason}; what was there stands") from error
-    size = os.path.getsize(path)
-    part = {"engine": engine, "index_key": key, "index_param": parameters, "bytes": size}
-    return {**part, "bytes_per_vector": size / vectors.rows, "seconds": seconds}
 
 
 def _copy_metadata(embeddings: str, manifest: Manifest, writer: IndexWriter) -> Metadata:
@@ -167,27 +176,11 @@ def _held_out(matrices: dict[str, Vectors], metadata: Metadata, count: int) -> d
     return found
 
 
-def _read_back(writer: IndexWriter, modality: str) -> Any:
-    import faiss
-
-    return faiss.read_index(writer.path(f"{modality}.index"), faiss.IO_FLAG_MMAP_IFC)
-
-
-def _measure_one(part: dict[str, Any], built: Any, modality: str, vectors: Vectors, held_out: dict[str, Any]) -> None:
-    part["recall"] = {}
-    with timed(part["seconds"], "measure"):
-        for kind, (rows, found) in held_out.items():
-            asked = recall.Queries(kind, found, rows if kind == modality else None)
-            part["recall"][kind] = recall.measure(built.search, vectors, asked)
-        sample = next(iter(held_out.values()), (None, vectors.take(np.zeros(1, np.int64))))[1][:_SPEED_QUERIES]
-        for query in sample[:_WARM_UP]:
-            built.search(query[None], min(_SPEED_K, vectors.rows))
-        times = []
-        for query in sample:
-            started = time.perf_counter()
-            built.search(query[None], min(_SPEED_K, vectors.rows))
-            times.append(1000 * (time.perf_counter() - started))
-    part["ms"] = {"mean": float(np.mean(times)), "p50": float(np.median(times)), "p99": float(np.quantile(times, 0.99))}
+def _memory_of(opened: Opened, size: int) -> int:
+    """Bytes that searches read again and again: all of a faiss index, but of two stages the codes and centroids."""
+    if not isinstance(opened, TwoStage):
+        return size
+    return index_bytes(opened.rows, opened.dim, opened.lists) - opened.rows * 12
 
 
 def _to_json(data: Any) -> bytes:

@@ -2,6 +2,9 @@
 
 A file lies under its own name or, until the writer has moved it there, in the marker's staging folder
 (`clip_index.index_writer` says why).
+
+Rows added later and rows deleted are to be files of their own, named in a marker that replaces this one: what is here
+already is never rewritten, and a reader sees the state of one marker.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from clip_index.locations import MARKER, cache_folder
 from clip_index.store import EmbeddingConfig
 from clip_index.types import ClipIndexError
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Marker:
     """What an index is: how its vectors were made, from which embeddings, and every file's bytes and SHA-256.
 
     `staging` is the folder below the index where the files were written, unique to a build. `obsolete` names the files
-    of earlier builds that this one lacks.
+    of earlier builds that this one lacks. `search` holds the operating points, by modality and kind of query.
     """
 
     config: EmbeddingConfig
@@ -37,6 +40,7 @@ class Marker:
     staging: str
     files: dict[str, dict[str, Any]]
     obsolete: list[str]
+    search: dict[str, dict[str, dict[str, int]]]
 
     def to_json(self) -> bytes:
         """The marker file's contents."""

@@ -74,7 +74,9 @@ class IndexWriter:
         with _writing(self.folder), open(self.path(name), "wb") as file:
             file.write(data)
 
-    def commit(self, config: EmbeddingConfig, *, rows: int, embeddings: str, embeddings_digest: str) -> Marker:
+    def commit(
+        self, config: EmbeddingConfig, *, rows: int, embeddings: str, embeddings_digest: str, search: dict[str, Any]
+    ) -> Marker:
         """Make what was written the index: all of it or, if killed, nothing."""
         with _writing(self.folder):
             names = sorted(name for name, _ in storage.list_files(self.local))
@@ -82,7 +84,7 @@ class IndexWriter:
             if storage.is_url(self.folder):
                 self._upload(names)
             obsolete = sorted(set(self._old.files if self._old else ()) - set(names))
-            marker = Marker(config, rows, embeddings, embeddings_digest, self._staging, files, obsolete)
+            marker = Marker(config, rows, embeddings, embeddings_digest, self._staging, files, obsolete, search)
             storage.write_bytes(storage.join(self.folder, MARKER), marker.to_json())
             _settle(self.folder)
         return marker

@@ -35,10 +35,10 @@ class Vectors:
             for offset in range(0, length, rows):
                 yield start + offset, shard[offset : offset + rows].astype(np.float32)
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [n, dim]: the given rows in the given order, read in the order in which they are stored."""
+    def take(self, rows: np.ndarray, dtype: type = np.float32) -> np.ndarray:
+        """[n, dim] of `dtype`: the given rows in the given order, read in the order in which they are stored."""
         rows = np.asarray(rows, np.int64)
-        taken = np.empty((len(rows), self.dim), np.float32)
+        taken = np.empty((len(rows), self.dim), dtype)
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows[order], self._starts)
         for position in np.flatnonzero(np.diff(bounds)):

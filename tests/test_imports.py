@@ -49,12 +49,15 @@ ROOMS = {
         late="encoders torch tqdm",
     ),
     "index": Room(
-        "index index_folder index_writer families metadata vectors recall report autofaiss_compat selection conditions",
+        "index index_folder index_writer families partition two_stage opened points measure speed steps metadata vectors "
+        "recall report autofaiss_compat selection conditions",
         top="types storage locations store numpy",
         late="faiss autofaiss embedding_reader pyarrow duckdb",
     ),
     "search": Room(
-        "search expression distinct", top="types storage locations store index numpy", late="encoders faiss PIL"
+        "search expression given_image distinct",
+        top="types storage locations store index numpy",
+        late="encoders faiss PIL",
     ),
     "show": Room("render terminal sheet thumbnails", top="types storage", late="preprocess PIL"),
     "cli": Room(

@@ -232,9 +232,10 @@ def test_amounts_of_memory():
 
 def test_what_is_chosen():
     assert choose(EXACT_ROWS - 1, "auto", None) == ("faiss", "SQfp16")
-    assert choose(EXACT_ROWS, "auto", None) == ("autofaiss", None)
+    assert choose(EXACT_ROWS, "auto", None) == ("faiss", "IVF1024,RaBitQ")
+    assert choose(10**6, "auto", None) == ("faiss", "IVF4096,RaBitQ")
     assert choose(10, "autofaiss", None) == ("autofaiss", None)
-    assert choose(EXACT_ROWS, "faiss", None) == ("faiss", "SQfp16")
+    assert choose(EXACT_ROWS - 1, "faiss", None) == ("faiss", "SQfp16")
     assert choose(10, "auto", "HNSW32") == ("autofaiss", "HNSW32")
     assert choose(10, "auto", "IVF64,RaBitQ") == ("faiss", "IVF64,RaBitQ")
     assert choose(10, "faiss", "HNSW32") == ("faiss", "HNSW32")

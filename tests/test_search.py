@@ -157,13 +157,13 @@ def test_pil_images_of_every_mode(index, loaded, mode):
 
 
 def test_a_turned_pil_image_is_the_same_as_its_file(index, loaded, tmp_path):
-    from clip_index.search import _image_bytes
+    from clip_index.given_image import image_bytes
 
     picture = Image.new("RGB", (4, 2), (255, 0, 0))
     exif = picture.getexif()
     exif[0x0112] = 6  # the camera was turned by 90 degrees
     picture.save(tmp_path / "turned.png", exif=exif)
-    assert Image.open(io.BytesIO(_image_bytes(Image.open(tmp_path / "turned.png")))).size == (2, 4)
+    assert Image.open(io.BytesIO(image_bytes(Image.open(tmp_path / "turned.png")))).size == (2, 4)
 
 
 def test_pictures_that_are_none(index, loaded, tmp_path):

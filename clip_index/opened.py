@@ -1,0 +1,67 @@
+"""The index of one modality, opened: one interface over an index of one stage and one of two.
+
+Segments that are added after a build, and rows that are deleted, are to be merged here: `search` is the one place
+where rows come out of an index, and both classes number rows as the metadata does.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from clip_index.index_folder import IndexFolder
+from clip_index.points import Point
+from clip_index.two_stage import ROWS, VECTORS, TwoStage
+from clip_index.types import ClipIndexError
+
+
+class Opened(Protocol):
+    """What can be asked of an index. Safe to share between threads."""
+
+    rows: int
+    dim: int
+
+    def search(self, queries: np.ndarray, k: int, point: Point | None) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def vectors_of(self, rows: np.ndarray) -> np.ndarray: ...
+
+
+class OneStage:
+    """A faiss index alone: exact, or with codes whose estimates are the scores. Its parameters were set when built."""
+
+    def __init__(self, index: Any):
+        self._index = index
+        self.rows, self.dim = index.ntotal, index.d
+
+    def search(self, queries: np.ndarray, k: int, point: Point | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(scores float32 [n, k], rows int64 [n, k]) by falling score; -1 where fewer are found."""
+        return self._index.search(queries, k)
+
+    def vectors_of(self, rows: np.ndarray) -> np.ndarray:
+        """The vectors float32 [n, dim] of rows, as the index holds them."""
+        try:
+            return self._index.reconstruct_batch(rows)
+        except RuntimeError as error:
+            raise ClipIndexError("this index does not give its vectors back: build it with --engine faiss") from error
+
+
+def open_index(folder: IndexFolder, modality: str) -> Opened:
+    """Open a modality's index, memory-mapped. Raises ClipIndexError for files that are damaged or of another build."""
+    path = folder.local(f"{modality}.index")
+    names = [f"{modality}.{suffix}" for suffix in (VECTORS, ROWS)]
+    files = [folder.local(name) for name in names] if folder.has(names[0]) else []
+    return open_files(path, *files)
+
+
+def open_files(path: str, *stored: str) -> Opened:
+    """Open an index file, with the files of its second stage if it has one."""
+    import faiss
+
+    try:
+        index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
+        return TwoStage(index, *stored) if stored else OneStage(index)
+    except RuntimeError as error:
+        raise ClipIndexError(f"{path} cannot be read by faiss: build the index again") from error
+    except (ValueError, EOFError) as error:
+        raise ClipIndexError(f"{path} has damaged files beside it: {error}; build the index again") from error
