@@ -277,6 +277,29 @@ class Spool:
             self._lock = None
 
 
+@contextmanager
+def exclusive(path: str) -> Iterator[None]:
+    """Wait until nobody else is in such a block for the same path. Not for URLs: object stores have no locks."""
+    if is_url(path) or fcntl is None:
+        yield
+        return
+    make_folder(os.path.dirname(path))
+    lock = path + TEMPORARY
+    while True:
+        descriptor = os.open(lock, os.O_CREAT | os.O_WRONLY, 0o666)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.path.exists(lock) and os.path.samestat(os.stat(lock), os.fstat(descriptor)):
+            break
+        os.close(descriptor)  # whoever had it removed it
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock)
+        os.close(descriptor)
+
+
 def _create_locked(path: str) -> int | None:
     if fcntl is None:
         return None

@@ -144,17 +144,20 @@ class EmbeddingWriter:
             files = {self._names[modality]: self._settle(*held) for modality, held in self._vectors.items()}
             files |= {self._names[kind]: _describe(data) for kind, data in tables.items()}
             shard = Shard(self.task.id, self.task.digest, self.rows, self.failed, files)
-            if self._is_there(shard):
-                return shard
-            for spool, _ in self._vectors.values():
-                spool.commit()
-            for kind, data in tables.items():
-                storage.write_bytes(self._path(kind), data)
-            for name in self._names.values():
-                if name not in files:
-                    storage.remove(storage.join(self.folder, name))
-            storage.write_bytes(self._path("done"), _to_json(asdict(shard)))
+            with storage.exclusive(self._path("done")):
+                if not self._is_there(shard):
+                    self._name_files(shard, tables)
         return shard
+
+    def _name_files(self, shard: Shard, tables: dict[str, bytes]) -> None:
+        for spool, _ in self._vectors.values():
+            spool.commit()
+        for kind, data in tables.items():
+            storage.write_bytes(self._path(kind), data)
+        for name in self._names.values():
+            if name not in shard.files:
+                storage.remove(storage.join(self.folder, name))
+        storage.write_bytes(self._path("done"), _to_json(asdict(shard)))
 
     def _is_there(self, shard: Shard) -> bool:
         existing = read_marker(self.folder, self._names["done"])
