@@ -90,7 +90,8 @@ def embed(
         dry_run: say what would be done, from a few samples, and write nothing
         json: print the plan or the summary as one JSON document
     """
-    from clip_index.embed import embed, preview
+    from clip_index.embed import embed
+    from clip_index.embed_preview import preview
     from clip_index.embed_report import format_failures, format_preview, format_summary
     from clip_index.progress import Bar
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from clip_index.console import count
 
 if TYPE_CHECKING:
-    from clip_index.embed import EmbedSummary, Preview
+    from clip_index.embed import EmbedSummary
+    from clip_index.embed_preview import Preview
 
 _NOUNS = {("image",): "images", ("text",): "captions", ("image", "text"): "images with captions"}
 
@@ -17,10 +18,8 @@ def format_summary(summary: EmbedSummary) -> str:
     rate = f", {summary.samples_per_s:,.0f} samples/s" if summary.samples_per_s else ""
     kept = f", {count(summary.skipped_shards, 'shard')} from earlier runs" if summary.skipped_shards else ""
     part = f" of rank {summary.rank} of {summary.world}" if summary.world > 1 else ""
-    return (
-        f"{summary.output}: {summary.rows:,} {_NOUNS[summary.modalities]} in {count(summary.shards, 'shard')}{part}{kept}; "
-        f"{duration(summary.seconds)}{rate}"
-    )
+    rows = f"{summary.rows:,} {_NOUNS[summary.modalities]} in {count(summary.shards, 'shard')}"
+    return f"{summary.output}: {rows}{part}{kept}; {duration(summary.seconds)}{rate}"
 
 
 def format_failures(summary: EmbedSummary) -> str:

@@ -1,14 +1,77 @@
-"""The progress bar of `clip-index embed`: samples, rate, time left, failures; on stderr, on a terminal only."""
+"""Watching a run: what a caller is told, how fast it goes, whether too much fails; and the bar on a terminal."""
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import TYPE_CHECKING
 
-from clip_index.embed import Progress
+from clip_index.types import ClipIndexError
 
 if TYPE_CHECKING:
-    from clip_index.embed import EmbedPlan
+    from clip_index.embed_plan import EmbedPlan
+
+_JUDGED_FROM = 100
+"""The failure rate is judged once this many samples have been seen, or at the end."""
+
+
+class Progress:
+    """Told what was done; the base class shows nothing."""
+
+    def __init__(self, plan: EmbedPlan):
+        self.plan = plan
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def add(self, rows: int, failed: int) -> None:
+        """So many rows and failures more."""
+
+    def shard_done(self, rows: int, shards: int) -> None:
+        """So many samples are now in so many finished shards."""
+
+
+class Clock:
+    """Samples per second between the first report and the last."""
+
+    def __init__(self) -> None:
+        self._first = self._last = 0.0
+        self._samples = 0
+
+    def add(self, samples: int) -> None:
+        self._last = time.monotonic()
+        if self._first:
+            self._samples += samples
+        else:
+            self._first = self._last
+
+    @property
+    def rate(self) -> float:
+        return self._samples / (self._last - self._first) if self._samples else 0.0
+
+
+class Judge:
+    """Stops a run whose failure rate is too high, before its next shard is marked as finished."""
+
+    def __init__(self, limit: float, rows: int, failed: int):
+        self.limit, self.rows, self.failed = limit, rows, failed
+
+    def add(self, rows: int, failed: int) -> None:
+        self.rows += rows
+        self.failed += failed
+        if self.rows + self.failed >= _JUDGED_FROM:
+            self.end()
+
+    def end(self) -> None:
+        seen = self.rows + self.failed
+        if self.failed > self.limit * seen:
+            raise ClipIndexError(
+                f"{self.failed} of {seen} samples failed, more than --max_failure_rate {self.limit:g} allows; "
+                "finished shards are kept, and their failures are listed under failed/"
+            )
 
 
 class Bar(Progress):

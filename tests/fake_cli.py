@@ -10,10 +10,10 @@ import sys
 
 from fakes import FakeEncoder
 
-from clip_index import embed, embed_job
+from clip_index import embed_job
 
 # spawned workers import this file too
-embed.worker_encoder = embed_job.worker_encoder = lambda *_: FakeEncoder(pause=float(os.environ.get("FAKE_PAUSE", 0)))
+embed_job.worker_encoder = lambda *_: FakeEncoder(pause=float(os.environ.get("FAKE_PAUSE", 0)))
 
 if __name__ == "__main__":
     from clip_index.cli import main

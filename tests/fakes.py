@@ -11,11 +11,11 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from clip_index.preprocess import Preprocess
 from PIL import Image
 
 import clip_index.embed as embed
-from clip_index import embed_job
+from clip_index import embed_job, embed_preview
+from clip_index.preprocess import Preprocess
 from clip_index.types import normalize
 
 
@@ -43,7 +43,7 @@ class FakeEncoder:
 
 def use(monkeypatch, **options) -> None:
     """Have `embed` load the fake whatever the name."""
-    for module in (embed, embed_job):
+    for module in (embed_preview, embed_job):
         monkeypatch.setattr(module, "worker_encoder", lambda *_: FakeEncoder(**options))
 
 
@@ -66,5 +66,5 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 if __name__ == "__main__":
     pause = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
-    embed.worker_encoder = embed_job.worker_encoder = lambda *_: FakeEncoder(pause=pause)
+    embed_job.worker_encoder = lambda *_: FakeEncoder(pause=pause)
     embed.embed(sys.argv[1], sys.argv[2], batch_size=4, rows_per_shard=8)

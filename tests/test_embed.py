@@ -16,8 +16,10 @@ import pytest
 from fakes import FakeEncoder, contents, make_pictures
 
 from clip_index import storage, store
-from clip_index.embed import embed, plan_embedding, preview
+from clip_index.embed import embed
 from clip_index.embed_job import encode_samples
+from clip_index.embed_plan import plan_embedding
+from clip_index.embed_preview import preview
 from clip_index.types import ClipIndexError, Sample, UsageError
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from clip_index.embed import EmbedSummary, Preview
+from clip_index.embed import EmbedSummary
+from clip_index.embed_preview import Preview
 from clip_index.embed_report import duration, format_failures, format_preview, format_summary
 
 

@@ -142,7 +142,7 @@ def test_nothing_typed_shows_where_to_start(capsys):
     [
         (UsageError("no such model"), 2, "no such model"),
         (ClipIndexError("a shard is\nmissing"), 1, "a shard is missing"),
-        (IncompleteError("two tasks"), 1, "two tasks"),
+        (IncompleteError("two tasks"), 3, "two tasks"),
         (SampleError("one picture"), 1, "one picture"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError(), 1, "out of memory"),

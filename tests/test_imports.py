@@ -44,18 +44,18 @@ ROOMS = {
     "executors": Room("executors cluster", top="types"),
     "spark": Room("spark", top="types executors", late="pyspark py4j pyarrow"),
     "embed": Room(
-        "embed embed_job progress",
+        "embed embed_job embed_plan embed_preview progress",
         top="types storage store readers executors spark numpy",
         late="encoders torch tqdm",
     ),
     "index": Room(
-        "index index_folder index_writer families partition two_stage opened points measure speed steps metadata vectors "
-        "recall report autofaiss_compat selection conditions",
+        "index index_folder index_writer families partition two_stage opened points measure plan speed steps metadata vectors "
+        "recall report autofaiss_compat selection conditions matrix",
         top="types storage locations store numpy",
         late="faiss autofaiss embedding_reader pyarrow duckdb",
     ),
     "search": Room(
-        "search expression given_image distinct",
+        "search expression given_image distinct narrow",
         top="types storage locations store index numpy",
         late="encoders faiss PIL",
     ),
