@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ def build_index(
     index_key: str | None = None,
     recall_target: float = 0.99,
     engine: str = "auto",
+    modality: str | None = None,
     queries: int = 1000,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -55,7 +56,8 @@ def build_index(
     `memory` bounds what a build may hold ("4G", or bytes). `index_key` is a faiss factory string; without it, sets of
     less than 100,000 rows are searched exactly and larger ones in two stages (`clip_index.two_stage`). `engine` is
     "auto", "faiss" or "autofaiss", which chooses for itself. `recall_target` is what two stages are tuned to reach of
-    the 10 nearest. `queries` is how many of each modality recall is measured with, at most.
+    the 10 nearest. `modality` is what to index, "image" or "text", where the embeddings have both; the other one still
+    gives queries to tune and measure with. `queries` is how many of each modality recall is measured with, at most.
 
     Returns the report that also lies in report.json; `clip_index.report.format_report` makes a table of it. An index
     that was in the folder serves until the new one is complete. Raises UsageError for bad arguments, ClipIndexError
@@ -77,7 +79,10 @@ def build_index(
         raise ClipIndexError(f"{embeddings} lacks {missing} of {manifest.tasks} shards: run embed again")
     if not manifest.rows:
         raise ClipIndexError(f"nothing to index: {embeddings} has no rows")
-    matrices = {modality: Vectors(embeddings, manifest, modality) for modality in config.modalities}
+    if modality is not None and modality not in config.modalities:
+        raise UsageError(f"no {modality!r} vectors in {embeddings}, only {' and '.join(config.modalities)}")
+    indexed = (modality,) if modality else config.modalities
+    matrices = {name: Vectors(embeddings, manifest, name) for name in config.modalities}
     for vectors in matrices.values():
         vectors.check()
     report: dict[str, Any] = {"index": index, "embeddings": embeddings, "encoder": config.encoder}
@@ -88,8 +93,8 @@ def build_index(
         exact = key in families.EXACT_KEYS
         held_out = _held_out(matrices, metadata, min(queries, _EXACT_QUERIES) if exact else queries)
         search = {}
-        for modality, vectors in matrices.items():
-            steps = Steps()
+        for modality in indexed:
+            vectors, steps = matrices[modality], Steps()
             asked = [
                 recall.Queries(kind, found, rows if kind == modality else None)
                 for kind, (rows, found) in held_out.items()
@@ -127,9 +132,8 @@ def build_index(
         report["seconds"] = time.perf_counter() - started
         report["peak_memory_bytes"] = _peak_memory()
         writer.write("report.json", _to_json(report))
-        writer.commit(
-            config, rows=manifest.rows, embeddings=embeddings, embeddings_digest=manifest.digest, search=search
-        )
+        source = {"embeddings": embeddings, "embeddings_digest": manifest.digest}
+        writer.commit(replace(config, modalities=indexed), rows=manifest.rows, **source, search=search)
     locations.remember(index)
     return report
 

@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 _NEAR_GROUPS = 6
+_CROWDED = 1.6
 _GROUP_SAMPLE = 256  # vectors a group; its centroid needs no more
 _GROUP_ITERATIONS, _LIST_ITERATIONS, _LLOYD_ITERATIONS = 10, 6, 3
 _SEED = 1234
@@ -23,7 +24,7 @@ class Partition:
 
     def __init__(self, centroids: np.ndarray):
         self.centroids = np.ascontiguousarray(centroids, np.float32)
-        self._groups = _kmeans(self.centroids, _group_count(len(centroids)), _GROUP_ITERATIONS)
+        self._groups = _kmeans(self.centroids, group_count(len(centroids)), _GROUP_ITERATIONS)
         group = _nearest(self.centroids, self._groups)
         near = _nearest_many(self._groups, min(_NEAR_GROUPS, len(self._groups)))
         self._members = [np.flatnonzero(np.isin(group, groups)) for groups in near]
@@ -41,7 +42,7 @@ class Partition:
 def train(sample: np.ndarray, lists: int) -> Partition:
     """Centroids of a sample float32 [n, dim], n at least `lists`."""
     rng = np.random.default_rng(_SEED)
-    groups = _group_count(lists)
+    groups = group_count(lists)
     few = sample[rng.permutation(len(sample))[: groups * _GROUP_SAMPLE]]
     parts = [rows for rows in _split(_nearest(sample, _kmeans(few, groups, _GROUP_ITERATIONS)), groups) if len(rows)]
     shares = share(lists, np.array([len(rows) for rows in parts]))
@@ -63,8 +64,15 @@ def share(total: int, sizes: np.ndarray) -> np.ndarray:
     return shares
 
 
-def _group_count(lists: int) -> int:
+def group_count(lists: int) -> int:
+    """Coarse groups of so many lists."""
     return max(1, round(math.sqrt(lists)))
+
+
+def compared(lists: int) -> float:
+    """How many centroids a vector is compared with: groups near each other have more members than others."""
+    groups = group_count(lists)
+    return groups + min(lists, _CROWDED * lists * min(_NEAR_GROUPS, groups) / groups)
 
 
 def _means(sample: np.ndarray, lists: np.ndarray, before: np.ndarray) -> np.ndarray:
