@@ -12,8 +12,11 @@ import numpy as np
 
 from clip_index.index_folder import IndexFolder
 from clip_index.points import Point
+from clip_index.selection import parameters
 from clip_index.two_stage import ROWS, VECTORS, TwoStage
 from clip_index.types import ClipIndexError
+
+_EXACT = ("IndexFlat", "IndexFlatIP", "IndexScalarQuantizer", "IndexHNSWFlat")
 
 
 class Opened(Protocol):
@@ -21,8 +24,12 @@ class Opened(Protocol):
 
     rows: int
     dim: int
+    exact: bool
+    """Whether `vectors_of` gives the vectors themselves, not what their codes say of them."""
 
-    def search(self, queries: np.ndarray, k: int, point: Point | None) -> tuple[np.ndarray, np.ndarray]: ...
+    def search(
+        self, queries: np.ndarray, k: int, point: Point | None, *, selector: Any = None, widen: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]: ...
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray: ...
 
@@ -33,10 +40,17 @@ class OneStage:
     def __init__(self, index: Any):
         self._index = index
         self.rows, self.dim = index.ntotal, index.d
+        self.exact = type(index).__name__ in _EXACT
 
-    def search(self, queries: np.ndarray, k: int, point: Point | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """(scores float32 [n, k], rows int64 [n, k]) by falling score; -1 where fewer are found."""
-        return self._index.search(queries, k)
+    def search(
+        self, queries: np.ndarray, k: int, point: Point | None = None, *, selector: Any = None, widen: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(scores float32 [n, k], rows int64 [n, k]) by falling score; -1 where fewer are found.
+
+        Of the rows that a faiss IDSelector lets through, where there is one, looking `widen` times as far.
+        """
+        options = None if selector is None else parameters(self._index, selector, widen)
+        return self._index.search(queries, k, params=options)
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 [n, dim] of rows, as the index holds them."""

@@ -19,6 +19,9 @@ def query(
     *,
     image: str | None = None,
     k: int = 10,
+    where: str | None = None,
+    dedup: bool = False,
+    threshold: float = 0.95,
     index: str | None = None,
     modality: Literal["image", "text"] | None = None,
     device: str = "auto",
@@ -36,7 +39,8 @@ def query(
         clip-index query --image photo.jpg --k 20
         clip-index query "dog - snow"
         clip-index query "2:dog + ./beach.jpg"
-        clip-index query "a dog" --html sheet.html
+        clip-index query "a dog" --where "width >= 512 and caption like '%red%'"
+        clip-index query "a dog" --dedup --html sheet.html
         clip-index query "a dog" --json
 
     Args:
@@ -44,6 +48,9 @@ def query(
             a picture
         image: a picture to look for, added to the text if there is one
         k: how many results
+        where: an SQL condition over the columns of the metadata; k results wherever it holds for k rows
+        dedup: leave out what is a near-copy of a better result
+        threshold: the similarity from which on --dedup takes two rows for copies
         index: the folder that `clip-index build-index` wrote
         modality: search among pictures or among captions; pictures if the index has them
         device: where the model runs: cpu, cuda, cuda:1
@@ -57,10 +64,12 @@ def query(
         raise UsageError('query: nothing to search for: give a text, "a dog", or --image FILE')
     if k < 1:
         raise UsageError(f"--k {k}: expected 1 or more")
+    if not 0 < threshold <= 1:
+        raise UsageError(f"--threshold {threshold}: expected a similarity between 0 and 1")
     from clip_index.search import Searcher
 
     searcher = Searcher(index, device=device)
-    hits = searcher.search(text, image=image, k=k, modality=modality)
+    hits = searcher.search(text, image=image, k=k, modality=modality, where=where, dedup=threshold if dedup else None)
     asked = " + ".join(part for part in (text, image) if part)
     if json:
         print_json([{"rank": rank, **hit.to_dict()} for rank, hit in enumerate(hits, 1)])
@@ -75,7 +84,7 @@ def query(
         sheet = write_sheet(html, [section], fetch, footer=f"clip-index {__version__}, {searcher.path}")
         note(f"sheet: {sheet}")
     elif not json:
-        flags = {"--image": image, "--index": index, "--html": "sheet.html"}
+        flags = {"--image": image, "--where": where, "--index": index, "--html": "sheet.html"}
         words = [word for flag, value in flags.items() if value for word in (flag, value)]
         suggest("query", *([text] if text else []), *words)
 

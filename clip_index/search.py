@@ -19,8 +19,10 @@ from clip_index import expression, storage
 from clip_index.given_image import image_bytes, image_name
 from clip_index.index_folder import IndexFolder
 from clip_index.locations import find_index
+from clip_index.narrow import live_rows, nearest_rows
 from clip_index.opened import Opened, open_index
 from clip_index.points import Point, widest
+from clip_index.selection import Selection
 from clip_index.types import MODALITIES, ClipIndexError, Encoder, Hit, SampleError, UsageError, normalize
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class Searcher:
         self._indices: dict[str, Opened] = {}
         self._encoders: dict[str, Encoder] = {}
         self._metadata = self._open_metadata()
+        self._live = live_rows(self._folder)
         self.modalities = self._folder.marker.config.modalities
         self.rows, self.dim = self._folder.marker.rows, self._folder.marker.config.dim
         self._index(self._modality(None))
@@ -59,6 +62,8 @@ class Searcher:
         modality: str | None = None,
         nprobe: int | None = None,
         rerank: int | None = None,
+        where: str | None = None,
+        dedup: float | None = None,
         embeddings: bool = False,
     ) -> list[Hit]:
         """The k rows nearest to a query, by falling cosine similarity; fewer where the index has fewer.
@@ -66,7 +71,8 @@ class Searcher:
         Give one or more of `query`, an expression such as "dog - snow" (`clip_index.expression`); `text`, taken as it
         is; `image`, a path, URL, bytes or PIL image; `vector`, [dim] of any length but zero. Their unit vectors are
         added. `modality` says whether to search the rows' images or their texts: images where the index has them.
-        `nprobe`, `rerank` and `embeddings` are those of `nearest`. Raises UsageError or ClipIndexError.
+        `nprobe`, `rerank`, `where`, `dedup` and `embeddings` are those of `nearest`. Raises UsageError or
+        ClipIndexError.
         """
         modality = self._modality(modality)
         wanted, kinds = [], set()
@@ -86,8 +92,8 @@ class Searcher:
             raise UsageError("search needs a query, a text, an image or a vector")
         combined = expression.combine([1.0] * len(wanted), np.stack(wanted))
         kind = kinds.pop() if len(kinds) == 1 else None
-        options = {"kind": kind, "nprobe": nprobe, "rerank": rerank, "embeddings": embeddings}
-        return self.nearest(combined[None], k=k, modality=modality, **options)[0]
+        options = {"nprobe": nprobe, "rerank": rerank, "where": where, "dedup": dedup, "embeddings": embeddings}
+        return self.nearest(combined[None], k=k, modality=modality, kind=kind, **options)[0]
 
     def search_many(
         self,
@@ -99,6 +105,8 @@ class Searcher:
         modality: str | None = None,
         nprobe: int | None = None,
         rerank: int | None = None,
+        where: str | None = None,
+        dedup: float | None = None,
         embeddings: bool = False,
     ) -> list[list[Hit]]:
         """The hits of each text, image or vector, each searched for by itself; give one of the three.
@@ -116,7 +124,7 @@ class Searcher:
             parts = [self._check_vector(vector)[None] for vector in vectors]
         if not parts:
             return []
-        options = {"nprobe": nprobe, "rerank": rerank, "embeddings": embeddings}
+        options = {"nprobe": nprobe, "rerank": rerank, "where": where, "dedup": dedup, "embeddings": embeddings}
         return self.nearest(np.concatenate(parts), k=k, modality=modality, kind=given[0], **options)
 
     def nearest(
@@ -128,20 +136,27 @@ class Searcher:
         kind: str | None = None,
         nprobe: int | None = None,
         rerank: int | None = None,
+        where: str | None = None,
+        dedup: float | None = None,
         embeddings: bool = False,
     ) -> list[list[Hit]]:
         """The k nearest rows of each vector, float32 [n, dim] of unit rows, in one batch.
 
         `kind` says what the vectors were made from, "image" or "text", and so how far to look: an index of two stages
         has an operating point for each; without it the deeper one is taken. `nprobe` lists and the best `rerank`
-        candidates are looked at instead, where given. With `embeddings` each hit's meta has its vector, a list of
+        candidates are looked at instead, where given. `where` is an SQL condition over the columns of the metadata
+        (`clip_index.conditions`): k rows are found wherever it holds for k. With `dedup` no hit is so similar to a
+        better one, or more: 0.95 leaves out copies. With `embeddings` each hit's meta has its vector, a list of
         floats, as "embedding".
         """
         _check_count("k, the number of results,", k)
         opened = self._index(self._modality(modality))
         point = self._point(self._modality(modality), kind, nprobe, rerank)
         vectors = np.ascontiguousarray(vectors, np.float32)
-        scores, rows = opened.search(vectors, min(int(k), self.rows), point)
+        if dedup is not None and not 0 < dedup <= 1:
+            raise UsageError(f"dedup is a similarity between 0 and 1, not {dedup!r}")
+        allowed = self._allowed(where)
+        scores, rows = nearest_rows(opened, vectors, min(int(k), self.rows), point, allowed=allowed, dedup=dedup)
         # -1 fills up where fewer are found
         found = self._metadata.take(rows[rows >= 0])
         if embeddings:
@@ -201,6 +216,14 @@ class Searcher:
             return None
         point = points[kind] if kind else widest(points.values())
         return Point(nprobe or point.nprobe, rerank or point.rerank)
+
+    def _allowed(self, where: str | None) -> Selection | None:
+        if where is None:
+            return self._live
+        from clip_index.conditions import matching_rows
+
+        matching = Selection(matching_rows(self._metadata, where))
+        return matching if self._live is None else matching & self._live
 
     def _check_vector(self, vector: Any) -> np.ndarray:
         wanted = np.asarray(vector, np.float32)

@@ -59,6 +59,22 @@ class Selection:
         return selector
 
 
+def parameters(index: Any, selector: Any, widen: float) -> Any:
+    """What makes a faiss index search among a selector's rows, looking `widen` times as far as it is set to."""
+    import faiss
+
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        return faiss.SearchParametersPreTransform(index_params=parameters(index.index, selector, widen))
+    if isinstance(index, faiss.IndexIVF):
+        return faiss.SearchParametersIVF(sel=selector, nprobe=int(min(index.nlist, index.nprobe * widen)))
+    if isinstance(index, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(
+            sel=selector, efSearch=int(min(index.ntotal, index.hnsw.efSearch * max(1.0, widen)))
+        )
+    return faiss.SearchParameters(sel=selector)
+
+
 def plan(selection: Selection) -> str:
     """How to search among the rows of a selection: "compare", "skip" or "leave out"."""
     if selection.count <= _FEW_ROWS or (selection.share < _FEW_SHARE and selection.count <= _MANY_ROWS):

@@ -126,6 +126,8 @@ def _write_ordered(vectors: Vectors, order: np.ndarray, path: Callable[[str], st
 class TwoStage:
     """The three files of an index, opened. Safe to share between threads: a search changes nothing."""
 
+    exact = True
+
     def __init__(self, index: Any, vectors: str, rows: str):
         import faiss
 
@@ -146,13 +148,19 @@ class TwoStage:
         self._places: np.ndarray | None = None
         self._lock = threading.Lock()
 
-    def search(self, queries: np.ndarray, k: int, point: Point) -> tuple[np.ndarray, np.ndarray]:
-        """(exact scores float32 [n, k], rows int64 [n, k]) by falling score; -1 where the index has fewer than k."""
-        scores, places = self._ranked(queries, k, point)
+    def search(
+        self, queries: np.ndarray, k: int, point: Point, *, selector: Any = None, widen: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(exact scores float32 [n, k], rows int64 [n, k]) by falling score; -1 where the index has fewer than k.
+
+        Of the rows that a faiss IDSelector lets through, where there is one. `widen` times as many lists are looked at.
+        """
+        point = Point(int(min(self.lists, point.nprobe * widen)), point.rerank)
+        scores, places = self._ranked(queries, k, point, selector)
         short = np.flatnonzero(places[:, min(k, self.rows) - 1] < 0)
         if len(short):  # the lists that were looked at hold fewer than k rows
             everywhere = Point(self.lists, point.rerank)
-            scores[short], places[short] = self._ranked(queries[short], k, everywhere)
+            scores[short], places[short] = self._ranked(queries[short], k, everywhere, selector)
         return scores, self._row_of(places)
 
     def coarse(self, queries: np.ndarray, k: int, point: Point) -> tuple[np.ndarray, np.ndarray]:
@@ -162,21 +170,25 @@ class TwoStage:
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 [n, dim] of rows."""
+        return self._vectors[self._places_of(rows)].astype(np.float32)
+
+    def _places_of(self, rows: np.ndarray) -> np.ndarray:
         with self._lock:
             if self._places is None:
                 places = np.empty(self.rows, np.int64)
                 places[self._rows] = np.arange(self.rows)
                 self._places = places
-        return self._vectors[self._places[rows]].astype(np.float32)
+        return self._places[rows]
 
-    def _ranked(self, queries: np.ndarray, k: int, point: Point) -> tuple[np.ndarray, np.ndarray]:
+    def _ranked(self, queries: np.ndarray, k: int, point: Point, selector: Any = None) -> tuple[np.ndarray, np.ndarray]:
         wanted = min(self.rows, max(point.rerank, 2 * k))
         scores = np.full((len(queries), k), -np.inf, np.float32)
         places = np.full((len(queries), k), -1, np.int64)
 
         def rank(start: int) -> None:
             part = slice(start, start + _BATCH)
-            for at, found in enumerate(self._candidates(queries[part], wanted, point.nprobe)[1], start):
+            candidates = self._candidates(queries[part], wanted, point.nprobe, selector)[1]
+            for at, found in enumerate(candidates, start):
                 found = np.sort(found[found >= 0])  # near each other on disk
                 exact = self._exact(found, queries[at])
                 best = np.argpartition(-exact, k)[:k] if len(exact) > k else np.arange(len(exact))
@@ -197,7 +209,9 @@ class TwoStage:
                 list(pool.map(alone, starts))
         return scores, places
 
-    def _candidates(self, queries: np.ndarray, k: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+    def _candidates(
+        self, queries: np.ndarray, k: int, nprobe: int, selector: Any = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(estimated scores, places in the order of the lists) [n, k]."""
         import faiss
 
@@ -210,6 +224,10 @@ class TwoStage:
         options = faiss.IVFRaBitQSearchParameters()
         options.nprobe, options.qb = nprobe, QUERY_BITS
         pointers = [faiss.swig_ptr(array) for array in (lists, distances, scores, pairs)]
+        if selector is not None:  # it is asked about row numbers
+            options.sel = selector
+            self._inverted.search_preassigned_c(len(turned), faiss.swig_ptr(turned), k, *pointers, False, options)
+            return scores, np.where(pairs < 0, -1, self._places_of(np.maximum(pairs, 0)))
         # list and offset in place of the row number, which would have to be in memory too
         self._inverted.search_preassigned_c(len(turned), faiss.swig_ptr(turned), k, *pointers, True, options)
         return scores, np.where(pairs < 0, -1, self._starts[np.maximum(pairs, 0) >> 32] + (pairs & 0xFFFFFFFF))

@@ -34,8 +34,10 @@ def searched(monkeypatch, picture):
             asked.append({"index": index, "device": device})
             self.path = "/the/index"
 
-        def search(self, query=None, *, image=None, k=10, modality=None):
+        def search(self, query=None, *, image=None, k=10, modality=None, where=None, dedup=None):
             asked.append({"query": query, "image": image, "k": k, "modality": modality})
+            if where or dedup:
+                asked[-1] |= {"where": where, "dedup": dedup}
             row = {"image_path": "pets/rex.png", "caption": "a dog\x1b[2J", "source": str(picture), "nan": float("nan")}
             return [Hit(7, 0.5, "pets/rex", row), Hit(3, 0.25, "pets/tom", {**row, "caption": None})][:k]
 
@@ -69,6 +71,14 @@ def test_query_json_is_one_document_and_nothing_else(capsys, searched):
     assert searched[1]["query"] == "dog # cat" and searched[1]["k"] == 1
 
 
+def test_query_narrows_what_may_be_found(capsys, searched):
+    status, _, err = run(capsys, "query", "a dog", "--where", "width > 5", "--dedup")
+    assert (status, searched[1]["where"], searched[1]["dedup"]) == (0, "width > 5", 0.95)
+    assert err == 'next: clip-index query "a dog" --where "width > 5" --html sheet.html\n'
+    assert run(capsys, "query", "a dog", "--dedup", "--threshold", "0.9")[0] == 0
+    assert searched[3]["dedup"] == 0.9
+
+
 def test_query_with_a_picture(capsys, searched, picture):
     assert run(capsys, "query", "--image", picture, "--modality", "text")[0] == 0
     assert searched[1] == {"query": None, "image": str(picture), "k": 10, "modality": "text"}
@@ -87,7 +97,8 @@ def test_query_writes_a_sheet(capsys, searched, picture, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [([], "nothing to search for"), (["  "], "nothing to search for"), (["dog", "--k", "0"], "--k 0: expected 1"),
-     (["dog", "--k", "-3"], "--k -3"), (["dog", "--modality", "sound"], "expected image or text")],
+     (["dog", "--k", "-3"], "--k -3"), (["dog", "--modality", "sound"], "expected image or text"),
+     (["dog", "--dedup", "--threshold", "95"], "--threshold 95.0: expected")],
 )  # fmt: skip
 def test_query_refuses_before_it_opens_anything(capsys, searched, argv, says):
     status, out, err = run(capsys, "query", *argv)
