@@ -26,12 +26,12 @@ from clip_index import families, locations, recall, storage
 from clip_index.index_folder import IndexFolder
 from clip_index.index_writer import IndexWriter
 from clip_index.measure import measure
-from clip_index.metadata import Metadata, metadata_files, write_metadata
+from clip_index.metadata import Metadata, write_keys, write_tables
 from clip_index.opened import Opened, open_files
 from clip_index.report import below_target, infos
+from clip_index.source import Source, open_source
 from clip_index.speed import measure_cold
 from clip_index.steps import Steps
-from clip_index.store import Manifest
 from clip_index.two_stage import ROWS, VECTORS, TwoStage, index_bytes
 from clip_index.types import ClipIndexError, UsageError
 from clip_index.vectors import Vectors
@@ -48,6 +48,7 @@ def build_index(
     recall_target: float = 0.99,
     engine: str = "auto",
     modality: str | None = None,
+    model: str | None = None,
     queries: int = 1000,
     verbose: bool = False,
 ) -> dict[str, Any]:
@@ -57,7 +58,9 @@ def build_index(
     less than 100,000 rows are searched exactly and larger ones in two stages (`clip_index.two_stage`). `engine` is
     "auto", "faiss" or "autofaiss", which chooses for itself. `recall_target` is what two stages are tuned to reach of
     the 10 nearest. `modality` is what to index, "image" or "text", where the embeddings have both; the other one still
-    gives queries to tune and measure with. `queries` is how many of each modality recall is measured with, at most.
+    gives queries to tune and measure with. `model` names the encoder of embeddings that have no manifest, such as
+    clip-retrieval's; without it the index answers vectors alone. `queries` is how many of each modality recall is
+    measured with, at most.
 
     Returns the report that also lies in report.json; `clip_index.report.format_report` makes a table of it. An index
     that was in the folder serves until the new one is complete. Raises UsageError for bad arguments, ClipIndexError
@@ -72,24 +75,18 @@ def build_index(
         raise UsageError(f"recall cannot be measured with {queries} queries")
     started = time.perf_counter()
     embeddings, index = storage.absolute(embeddings), storage.absolute(index)
-    manifest = Manifest.load(embeddings)
-    config = manifest.config
-    if not manifest.complete:
-        missing = manifest.tasks - len(manifest.ids)
-        raise ClipIndexError(f"{embeddings} lacks {missing} of {manifest.tasks} shards: run embed again")
-    if not manifest.rows:
+    source = open_source(embeddings, model)
+    config, matrices = source.config, source.matrices
+    if not source.rows:
         raise ClipIndexError(f"nothing to index: {embeddings} has no rows")
     if modality is not None and modality not in config.modalities:
         raise UsageError(f"no {modality!r} vectors in {embeddings}, only {' and '.join(config.modalities)}")
     indexed = (modality,) if modality else config.modalities
-    matrices = {name: Vectors(embeddings, manifest, name) for name in config.modalities}
-    for vectors in matrices.values():
-        vectors.check()
     report: dict[str, Any] = {"index": index, "embeddings": embeddings, "encoder": config.encoder}
-    report |= {"rows": manifest.rows, "dim": config.dim, "recall_target": recall_target, "indices": {}, "warnings": []}
+    report |= {"rows": source.rows, "dim": config.dim, "recall_target": recall_target, "indices": {}, "warnings": []}
     with IndexWriter(index) as writer:
-        metadata = _copy_metadata(embeddings, manifest, writer)
-        engine, key = families.choose(manifest.rows, engine, index_key)
+        metadata = _copy_metadata(source, writer)
+        engine, key = families.choose(source.rows, engine, index_key)
         exact = key in families.EXACT_KEYS
         held_out = _held_out(matrices, metadata, min(queries, _EXACT_QUERIES) if exact else queries)
         search = {}
@@ -132,8 +129,8 @@ def build_index(
         report["seconds"] = time.perf_counter() - started
         report["peak_memory_bytes"] = _peak_memory()
         writer.write("report.json", _to_json(report))
-        source = {"embeddings": embeddings, "embeddings_digest": manifest.digest}
-        writer.commit(replace(config, modalities=indexed), rows=manifest.rows, **source, search=search)
+        made_of = {"embeddings": embeddings, "embeddings_digest": source.digest}
+        writer.commit(replace(config, modalities=indexed), rows=source.rows, **made_of, search=search)
     locations.remember(index)
     return report
 
@@ -152,16 +149,19 @@ def parse_memory(memory: str | int) -> int:
     return size
 
 
-def _copy_metadata(embeddings: str, manifest: Manifest, writer: IndexWriter) -> Metadata:
+def _copy_metadata(source: Source, writer: IndexWriter) -> Metadata:
     path = writer.path("metadata.arrow")
-    write_metadata(embeddings, manifest, path)
-    for name in metadata_files(manifest):
-        source, target = storage.join(embeddings, *name.split("/")), writer.path(name)
-        if not storage.is_url(source):
+    if source.tables:
+        write_tables(source.folder, source.tables, source.table_rows, path)
+    else:
+        write_keys(source.rows, path)
+    for name in source.tables:
+        original, target = storage.join(source.folder, *name.split("/")), writer.path(f"metadata/{name.split('/')[-1]}")
+        if not storage.is_url(original):
             with suppress(OSError):  # another file system, or one without links
-                os.link(source, target)
+                os.link(original, target)
                 continue
-        with storage.open_read(source) as read, open(target, "wb") as written:
+        with storage.open_read(original) as read, open(target, "wb") as written:
             shutil.copyfileobj(read, written, 4 << 20)
     return Metadata(path)
 

@@ -27,16 +27,32 @@ def metadata_files(manifest: store.Manifest) -> list[str]:
 
 
 def write_metadata(folder: str, manifest: store.Manifest, target: str) -> None:
-    """Write the rows of all shards to a local Arrow file. Raises ClipIndexError where a shard's rows are not all there.
+    """Write the rows of all shards to a local Arrow file. Raises ClipIndexError where a shard's rows are not all there."""
+    write_tables(folder, metadata_files(manifest), [rows for rows in manifest.shard_rows if rows], target)
+
+
+def write_keys(rows: int, target: str) -> None:
+    """Write metadata for rows of which nothing is known: the number of each as its key."""
+    import pyarrow as pa
+
+    schema = pa.schema([("key", pa.string())])
+    with pa.OSFile(target, "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for start in range(0, rows, BATCH_ROWS):
+            keys = [str(row) for row in range(start, min(rows, start + BATCH_ROWS))]
+            writer.write_batch(pa.record_batch([pa.array(keys, pa.string())], schema=schema))
+
+
+def write_tables(folder: str, names: list[str], lengths: list[int], target: str) -> None:
+    """Write the rows of parquet files, named relative to the folder, of given numbers of rows, to a local Arrow file.
 
     A column that some shards lack is null there; one with numbers in one shard and text in another becomes text.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    paths = [storage.join(folder, *name.split("/")) for name in metadata_files(manifest)]
+    paths = [storage.join(folder, *name.split("/")) for name in names]
     schemas = []
-    for path, rows in zip(paths, (rows for rows in manifest.shard_rows if rows), strict=True):
+    for path, rows in zip(paths, lengths, strict=True):
         try:
             with storage.open_read(path) as file:
                 parquet = pq.ParquetFile(file)

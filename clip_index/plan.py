@@ -22,7 +22,7 @@ from clip_index import families, partition, two_stage
 from clip_index.types import UsageError
 
 _USABLE = 0.8  # of the memory: the rest is for what is not the index
-_PROBE_ROWS, _PROBE_LISTS = 16_384, 1024
+_PROBE_ROWS, _PROBE_LISTS = 65_536, 4096  # as a build adds them at 1M rows
 _WRITE_PROBE = 64 << 20
 _QUERIES = 2000  # of both kinds: what a build measures with
 

@@ -30,7 +30,7 @@ ROOMS = {
     "types": Room("types _version", top="numpy"),
     "storage": Room("storage remote", top="types", late="fsspec braceexpand"),
     "locations": Room("locations", top="types storage"),
-    "store": Room("store columns", top="types storage numpy", late="pyarrow"),
+    "store": Room("store shard_writer verify columns", top="types storage numpy", late="pyarrow"),
     "readers": Room("readers", top="types storage", late="pyarrow"),
     "preprocess": Room("preprocess decode", top="types numpy PIL simplejpeg", late="torch"),
     "clip": Room(
@@ -49,8 +49,8 @@ ROOMS = {
         late="encoders torch tqdm",
     ),
     "index": Room(
-        "index index_folder index_writer families partition two_stage opened points measure plan speed steps metadata vectors "
-        "recall report autofaiss_compat selection conditions matrix",
+        "index index_folder index_writer families partition two_stage opened points measure plan source speed steps "
+        "metadata vectors recall report autofaiss_compat selection conditions matrix",
         top="types storage locations store numpy",
         late="faiss autofaiss embedding_reader pyarrow duckdb",
     ),
