@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from clip_index import executors, store
+from clip_index.shard_writer import EmbeddingWriter
 from clip_index.types import Encoder, Reader, Sample, SampleError, Task
 
 _CHUNK_BYTES = 64 << 20
@@ -57,7 +58,7 @@ class EmbedJob:
         pool = worker_pool(threads)
         batches = chunks(self.reader.read(task), self.batch_size)
         encode = functools.partial(encode_samples, encoder, self.config.modalities)
-        with store.EmbeddingWriter(self.output, task, self.config, width=self.width) as writer:
+        with EmbeddingWriter(self.output, task, self.config, width=self.width) as writer:
             for vectors, rows, failures in executors.ordered_map(pool, encode, batches, threads + 1):
                 writer.append(vectors, rows)
                 for failure in failures:

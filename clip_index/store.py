@@ -1,9 +1,9 @@
-"""The on-disk format of embeddings, both sides.
+"""The on-disk format of embeddings.
 
 1. `EmbeddingConfig` is what decides the numbers in a folder; a folder holds one of them and refuses another.
-2. `EmbeddingWriter` writes one shard: vectors and metadata first, the marker in `done/` last.
+2. `Shard` is what a marker in `done/` says; `clip_index.shard_writer` writes one.
 3. `Manifest` is the whole folder: the configuration and the table of shards, which maps a row to its shard.
-4. `read_vectors`, `read_metadata` and `read_failed` open one shard; `verify` checks every byte of all of them.
+4. `read_vectors`, `read_metadata` and `read_failed` open one shard; `clip_index.verify` checks every byte of all.
 """
 
 from __future__ import annotations
@@ -12,23 +12,21 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from clip_index import columns, storage
-from clip_index.types import ClipIndexError, Task
+from clip_index.types import ClipIndexError
 
 VERSION = 1
 DTYPE = np.dtype("<f2")
 FOLDERS = {"image": "img_emb", "text": "text_emb"}
 _NO_FILES: dict[str, dict[str, Any]] = {}
 _MARKERS_AT_ONCE = 64
-_UNIT_TOLERANCE = 4e-3  # float16 keeps 11 bits: a unit row's norm is within 5e-4 of 1, whatever its dimension
 
 
 @dataclass(frozen=True)
@@ -86,128 +84,9 @@ def name_width(tasks: int) -> int:
     return max(5, len(str(max(0, tasks - 1))))
 
 
-class EmbeddingWriter:
-    """One shard being written, row by row; nothing has its own name before `commit`, and the marker comes last."""
-
-    def __init__(self, folder: str, task: Task, config: EmbeddingConfig, *, width: int = 5):
-        self.folder, self.task, self.config = folder, task, config
-        self._names = shard_files(task.id, width)
-        self._vectors: dict[str, tuple[storage.Spool, IO[bytes]]] = {}
-        self._metadata = columns.Columns()
-        self._failed: list[dict[str, str]] = []
-        self.rows = 0
-
-    @property
-    def failed(self) -> int:
-        """Samples recorded as failed so far."""
-        return len(self._failed)
-
-    def __enter__(self) -> EmbeddingWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for spool, file in self._vectors.values():
-            with contextlib.suppress(OSError):  # a full disk refuses the last buffer too
-                file.close()
-            spool.discard()
-
-    def append(self, vectors: dict[str, np.ndarray], rows: list[dict[str, Any]]) -> None:
-        """Add rows: for each modality float32 [n, dim] of unit rows, and n dicts of metadata."""
-        for modality in self.config.modalities:
-            block = vectors[modality]
-            if block.shape != (len(rows), self.config.dim):
-                expected = (len(rows), self.config.dim)
-                raise ValueError(f"{modality} vectors have shape {block.shape}, expected {expected}")
-        if not rows:
-            return
-        with _writing(self.folder):
-            for modality in self.config.modalities:
-                self._file(modality).write(np.ascontiguousarray(vectors[modality], DTYPE).tobytes())
-        self._metadata.append(rows)
-        self.rows += len(rows)
-
-    def fail(self, key: str, source: str, error: str) -> None:
-        """Record a sample that could not be embedded."""
-        self._failed.append({"key": key, "source": source, "error": error})
-
-    def commit(self) -> Shard:
-        """Give every file its name, then write the marker. An empty shard has a marker alone.
-
-        Where another run was faster, its files stay. Raises ClipIndexError where it had other inputs.
-        """
-        with _writing(self.folder):
-            tables = {}
-            if self.rows:
-                tables["metadata"] = self._metadata.to_parquet()
-            if self._failed:
-                tables["failed"] = columns.failed_parquet(self._failed)
-            files = {self._names[modality]: self._settle(*held) for modality, held in self._vectors.items()}
-            files |= {self._names[kind]: _describe(data) for kind, data in tables.items()}
-            shard = Shard(self.task.id, self.task.digest, self.rows, self.failed, files)
-            with storage.exclusive(self._path("done")):
-                if not self._is_there(shard):
-                    self._name_files(shard, tables)
-        return shard
-
-    def _name_files(self, shard: Shard, tables: dict[str, bytes]) -> None:
-        for spool, _ in self._vectors.values():
-            spool.commit()
-        for kind, data in tables.items():
-            storage.write_bytes(self._path(kind), data)
-        for name in self._names.values():
-            if name not in shard.files:
-                storage.remove(storage.join(self.folder, name))
-        storage.write_bytes(self._path("done"), _to_json(asdict(shard)))
-
-    def _is_there(self, shard: Shard) -> bool:
-        existing = read_marker(self.folder, self._names["done"])
-        if existing == shard:
-            return True
-        if existing is not None:
-            if existing.inputs != shard.inputs:
-                raise ClipIndexError(f"another run embeds other inputs into {self.folder}: stop one of the two")
-            storage.remove(self._path("done"))
-        return False
-
-    def _settle(self, spool: storage.Spool, file: IO[bytes]) -> dict[str, Any]:
-        file.seek(0)
-        _write_header(file, self.rows, self.config.dim)
-        file.close()
-        with open(spool.path, "rb") as written:
-            digest = hashlib.file_digest(written, "sha256") if hasattr(hashlib, "file_digest") else _digest(written)
-            return {"bytes": written.seek(0, os.SEEK_END), "sha256": digest.hexdigest()}
-
-    def _file(self, modality: str) -> IO[bytes]:
-        if modality not in self._vectors:
-            spool = storage.Spool(self._path(modality))
-            file = open(spool.path, "wb")  # noqa: SIM115 - closed in commit or __exit__
-            self._vectors[modality] = spool, file
-            _write_header(file, 0, self.config.dim)
-        return self._vectors[modality][1]
-
-    def _path(self, kind: str) -> str:
-        return storage.join(self.folder, *self._names[kind].split("/"))
-
-
-def _describe(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _digest(file: IO[bytes]) -> Any:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest
-
-
-def _write_header(file: IO[bytes], rows: int, dim: int) -> None:
-    # numpy pads the header so that its length does not depend on the number of rows: it can be rewritten in place.
-    header = {"descr": DTYPE.str, "fortran_order": False, "shape": (rows, dim)}
-    np.lib.format.write_array_header_1_0(file, header)
-
-
 @contextlib.contextmanager
-def _writing(folder: str) -> Iterator[None]:
+def writing(folder: str) -> Iterator[None]:
+    """Turn what the operating system says of a failed write into a ClipIndexError."""
     try:
         yield
     except OSError as error:
@@ -215,10 +94,6 @@ def _writing(folder: str) -> Iterator[None]:
         raise ClipIndexError(
             f"cannot write to {folder}: {reason}; finished shards are kept, run the command again to go on"
         ) from error
-
-
-def _to_json(data: Any) -> bytes:
-    return (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
 
 
 class Manifest:
@@ -271,12 +146,12 @@ class Manifest:
 
     def write(self, folder: str) -> None:
         """Write manifest.json."""
-        with _writing(folder):
+        with writing(folder):
             storage.write_bytes(storage.join(folder, "manifest.json"), self.to_json())
 
     def write_first(self, folder: str) -> bool:
         """Write manifest.json unless there is one: whether it was written."""
-        with _writing(folder):
+        with writing(folder):
             return storage.write_new(storage.join(folder, "manifest.json"), self.to_json())
 
     @classmethod
@@ -366,70 +241,3 @@ def read_metadata(folder: str, shard: int, *, width: int = 5, names: list[str] |
 def read_failed(folder: str, shard: int, *, width: int = 5) -> Any:
     """A shard's failures as a pyarrow Table of key, source and error."""
     return columns.read_parquet(storage.join(folder, shard_files(shard, width)["failed"]))
-
-
-def verify(folder: str) -> list[str]:
-    """What is wrong with a folder of embeddings, a line each: markers, checksums, row counts, unit norms, strays."""
-    manifest = Manifest.load(folder)
-    markers = read_markers(folder)
-    problems = [
-        f"shard {task:0{manifest.width}d} has no marker" for task in range(manifest.tasks) if task not in markers
-    ]
-    problems += [f"shard {task:0{manifest.width}d} is not in the plan" for task in markers if task >= manifest.tasks]
-    table = dict(zip(manifest.ids, zip(manifest.shard_rows, manifest.shard_failed, strict=True), strict=True))
-    if not manifest.complete:
-        problems.append(f"manifest.json lists {len(manifest.ids)} of {manifest.tasks} shards: the run did not finish")
-    expected = set()
-    for shard in markers.values():
-        expected |= set(shard.files)
-        if shard.id in table and table[shard.id] != (shard.rows, shard.failed):
-            problems.append(
-                f"shard {shard.id:0{manifest.width}d}: manifest.json and its marker differ in rows or failed"
-            )
-        problems += _verify_shard(folder, manifest, shard)
-    for name in [*FOLDERS.values(), "metadata", "failed"]:
-        for file in storage.list_names(storage.join(folder, name)):
-            if f"{name}/{file}" not in expected:
-                problems.append(f"{name}/{file} belongs to no finished shard")
-    return problems
-
-
-def _verify_shard(folder: str, manifest: Manifest, shard: Shard) -> Iterator[str]:
-    names = shard_files(shard.id, manifest.width)
-    needed = [*manifest.config.modalities, "metadata"] if shard.rows else []
-    needed += ["failed"] if shard.failed else []
-    for kind in needed:
-        if names[kind] not in shard.files:
-            yield f"{names[kind]} is not in its marker"
-    for name, recorded in shard.files.items():
-        try:
-            data = storage.read_bytes(storage.join(folder, *name.split("/")))
-        except FileNotFoundError:
-            yield f"{name} is missing"
-            continue
-        except OSError as error:
-            yield f"{name} cannot be read: {error.strerror or error}"
-            continue
-        if len(data) != recorded["bytes"]:
-            yield f"{name} has {len(data)} bytes, its marker says {recorded['bytes']}"
-        elif hashlib.sha256(data).hexdigest() != recorded["sha256"]:
-            yield f"{name} was altered: its checksum is not the marker's"
-        else:
-            yield from _verify_contents(name, data, shard, manifest.config)
-
-
-def _verify_contents(name: str, data: bytes, shard: Shard, config: EmbeddingConfig) -> Iterator[str]:
-    if name.endswith(".npy"):
-        vectors = np.load(io.BytesIO(data), allow_pickle=False)
-        if vectors.shape != (shard.rows, config.dim) or vectors.dtype != DTYPE:
-            yield f"{name} is {vectors.dtype} {vectors.shape}, expected {DTYPE} {(shard.rows, config.dim)}"
-            return
-        norms = np.linalg.norm(vectors.astype(np.float32), axis=1)
-        wrong = np.flatnonzero(~(np.abs(norms - 1) < _UNIT_TOLERANCE))
-        if len(wrong):
-            yield f"{name} has {len(wrong)} rows that are not of unit norm, the first is row {wrong[0]}"
-    else:
-        rows = columns.parquet_rows(data)
-        expected = shard.failed if name.startswith("failed/") else shard.rows
-        if rows != expected:
-            yield f"{name} has {rows} rows, its marker says {expected}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from clip_index.store import EmbeddingConfig, EmbeddingWriter, Manifest, finalize
+from clip_index.shard_writer import EmbeddingWriter
+from clip_index.store import EmbeddingConfig, Manifest, finalize
 from clip_index.types import Task, normalize
 
 FINGERPRINT = "0123456789abcdef"

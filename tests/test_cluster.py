@@ -16,6 +16,7 @@ from clip_index.cli import main
 from clip_index.cluster import Rank, find_rank
 from clip_index.embed import embed
 from clip_index.types import ClipIndexError, UsageError
+from clip_index.verify import verify
 
 # as Slurm 22.05 sets them, in the batch script of `sbatch --array=5-9:2 --ntasks=2` and in its srun
 ARRAY = {
@@ -123,7 +124,7 @@ def test_ranks_make_what_one_process_makes(tmp_path, fake, capsys):
     assert main(["finalize", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 59
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert store.verify(str(tmp_path / "out")) == []
+    assert verify(str(tmp_path / "out")) == []
 
 
 def test_finalize_names_what_is_missing(tmp_path, fake, capsys):

@@ -21,6 +21,7 @@ from clip_index.embed_job import encode_samples
 from clip_index.embed_plan import plan_embedding
 from clip_index.embed_preview import preview
 from clip_index.types import ClipIndexError, Sample, UsageError
+from clip_index.verify import verify
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +52,7 @@ def test_rows_are_the_encoders_rows_in_order(tmp_path):
         assert told["image_path"] == told["source"] == str(picture)
         assert (told["caption"], told["key"]) == (f"picture number {row}", picture.name)
         assert (told["width"], told["height"]) == size
-    assert store.verify(summary.output) == []
+    assert verify(summary.output) == []
 
 
 def test_bad_samples_are_recorded_and_the_run_goes_on(tmp_path):
@@ -66,7 +67,7 @@ def test_bad_samples_are_recorded_and_the_run_goes_on(tmp_path):
     keys = store.read_metadata(summary.output, 0)["key"].to_pylist()
     assert keys == [f"{i:04d}.png" for i in (0, 1, 2, 4, 5, 6, 7)]
     assert len(store.read_vectors(summary.output, "image", 0)) == 7
-    assert store.verify(summary.output) == []
+    assert verify(summary.output) == []
 
 
 def test_vectors_that_are_not_finite_are_failures():
@@ -205,7 +206,7 @@ def test_output_on_another_filesystem(tmp_path):
     run(source, tmp_path / "out")
     remote = f"memory://{tmp_path.name}/out"
     run(source, remote)
-    assert store.verify(remote) == []
+    assert verify(remote) == []
     for name, data in contents(tmp_path / "out").items():
         assert storage.read_bytes(f"{remote}/{name}") == data
     assert run(source, remote).skipped_shards == 2
@@ -252,7 +253,7 @@ def test_killed_and_run_again(tmp_path, moment):
     assert run(source, tmp_path / "out").skipped_shards == len(done)
     run(source, tmp_path / "undisturbed")
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
-    assert store.verify(str(tmp_path / "out")) == []
+    assert verify(str(tmp_path / "out")) == []
 
 
 def test_killed_again_and_again(tmp_path):

@@ -20,9 +20,9 @@ import fakes
 import pytest
 from fakes import contents, make_pictures
 
-from clip_index import store
 from clip_index.cli import main
 from clip_index.embed import embed
+from clip_index.verify import verify
 
 CLI = Path(__file__).with_name("fake_cli.py")
 OPTIONS = {"batch_size": 4, "rows_per_shard": 4}
@@ -90,7 +90,7 @@ def check(source: Path, output: Path, whole: dict[str, bytes]) -> None:
     """Go on in one process: its bytes are those of the undisturbed run."""
     summary = embed(str(source), str(output), **OPTIONS)
     assert (summary.rows, summary.failed) == (N - 1, 1)
-    assert contents(output) == whole and store.verify(str(output)) == []
+    assert contents(output) == whole and verify(str(output)) == []
 
 
 @linux
@@ -125,7 +125,7 @@ def test_ranks_killed_at_seven_moments(tmp_path, source, whole):
     told = [process.communicate(timeout=60)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0, 3], told  # one rank has the broken picture
     assert main(["finalize", str(tmp_path / "out")]) == 0
-    assert contents(tmp_path / "out") == whole and store.verify(str(tmp_path / "out")) == []
+    assert contents(tmp_path / "out") == whole and verify(str(tmp_path / "out")) == []
 
 
 @linux
@@ -146,7 +146,7 @@ def test_two_runs_on_the_same_output(tmp_path, source, whole):
     for run in runs:
         _, told = run.communicate(timeout=60)
         assert run.returncode == 3, told
-    assert contents(tmp_path / "out") == whole and store.verify(str(tmp_path / "out")) == []
+    assert contents(tmp_path / "out") == whole and verify(str(tmp_path / "out")) == []
 
 
 def test_two_runs_with_other_inputs_on_the_same_output(tmp_path, source, whole):
@@ -156,7 +156,7 @@ def test_two_runs_with_other_inputs_on_the_same_output(tmp_path, source, whole):
     refusals = [text for run, text in zip(runs, told, strict=True) if run.returncode in (1, 2)]
     assert refusals and all("other inputs" in text for text in refusals)
     embed(str(source), str(tmp_path / "out"), update=True, **OPTIONS)
-    assert contents(tmp_path / "out") == whole and store.verify(str(tmp_path / "out")) == []
+    assert contents(tmp_path / "out") == whole and verify(str(tmp_path / "out")) == []
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ ROOMS = {
     ),
     "show": Room("render terminal sheet thumbnails", top="types storage", late="preprocess PIL"),
     "cli": Room(
-        "__init__ __main__ cli query convert embed_report command arguments front_door console",
+        "__init__ __main__ cli build query convert embed_report command arguments front_door console",
         top="_version",
         late="types storage store readers clip encoders embed index search show demo fire",
     ),

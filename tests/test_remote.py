@@ -11,10 +11,11 @@ from fakes import contents, make_pictures
 from s3_proxy import Proxy, for_a_while, sometimes
 from s3_server import bucket  # noqa: F401 - a fixture
 
-from clip_index import remote, storage, store
+from clip_index import remote, storage
 from clip_index.cli import main
 from clip_index.embed import embed
 from clip_index.types import UsageError
+from clip_index.verify import verify
 
 DATA = bytes(range(256)) * 1000
 
@@ -120,7 +121,7 @@ def test_embedding_through_a_store_that_fails(proxy, bucket, tmp_path, monkeypat
     assert sum(count for kind, count in made.seen.items() if kind) > 10
     for path, data in contents(tmp_path / "whole").items():
         assert storage.read_bytes(f"{bucket}/{name}/out/{path}") == data
-    assert store.verify(f"{bucket}/{name}/out") == []
+    assert verify(f"{bucket}/{name}/out") == []
 
 
 def test_what_is_not_there_and_what_is_not_allowed(proxy, bucket, tmp_path, monkeypatch, capsys):  # noqa: F811

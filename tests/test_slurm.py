@@ -18,6 +18,7 @@ from fakes import contents, make_pictures
 
 from clip_index import store
 from clip_index.embed import embed
+from clip_index.verify import verify
 
 TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "pipelines/embed.sbatch"
@@ -209,7 +210,7 @@ def test_a_rank_that_is_killed_fails_the_job_and_the_same_command_goes_on(slurm,
     (slurm.folder / "pause").unlink()
     assert slurm.submit(*words(source, tmp_path)).returncode == 0
     wait_until((tmp_path / "index/clip_index.json").exists)
-    assert contents(tmp_path / "out") == whole and store.verify(str(tmp_path / "out")) == []
+    assert contents(tmp_path / "out") == whole and verify(str(tmp_path / "out")) == []
 
 
 def test_several_ranks_a_job(slurm, source, whole, tmp_path):

@@ -15,9 +15,10 @@ import fakes
 import pytest
 from fakes import contents, make_pictures
 
-from clip_index import spark, store
+from clip_index import spark
 from clip_index.embed import embed
 from clip_index.types import UsageError
+from clip_index.verify import verify
 
 TESTS = Path(__file__).parent
 N = 44
@@ -119,7 +120,7 @@ def test_an_executor_that_is_killed(session, source, whole, tmp_path):
     assert run(source, output, executor="spark").rows == N - 1
     killer.join(5)
     assert killed and killed[0] not in executors(session)
-    assert contents(output) == whole and store.verify(str(output)) == []
+    assert contents(output) == whole and verify(str(output)) == []
 
 
 def test_an_error_of_a_worker_is_told_in_one_line():

@@ -12,7 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from clip_index import storage, store
+from clip_index.shard_writer import EmbeddingWriter
 from clip_index.types import ClipIndexError, Task, normalize
+from clip_index.verify import verify
 
 CONFIG = store.EmbeddingConfig("mini", "mini-1:abc", "fp32", {"size": 224}, ("image", "text"), dim=8)
 
@@ -37,7 +39,7 @@ def write_shard(
     folder: str, shard: int, n: int, failed: int = 0, config: store.EmbeddingConfig = CONFIG
 ) -> store.Shard:
     task = Task(shard, ((f"in{shard}",),), n)
-    with store.EmbeddingWriter(folder, task, config) as writer:
+    with EmbeddingWriter(folder, task, config) as writer:
         for start in range(0, n, 3):
             rows = metadata(n)[start : start + 3]
             vectors = {name: unit_rows(n, shard)[start : start + 3] for name in config.modalities}
@@ -82,7 +84,7 @@ def test_a_shard_on_disk(tmp_path):
 
 def test_nothing_has_its_name_before_commit(tmp_path):
     task = Task(0, (("a", 1),), 3)
-    with pytest.raises(RuntimeError, match="killed"), store.EmbeddingWriter(str(tmp_path), task, CONFIG) as writer:
+    with pytest.raises(RuntimeError, match="killed"), EmbeddingWriter(str(tmp_path), task, CONFIG) as writer:
         writer.append({"image": unit_rows(3), "text": unit_rows(3)}, metadata(3))
         names = [path.name for path in tmp_path.rglob("*") if path.is_file()]
         assert len(names) == 2 and all(name.endswith(".tmp") for name in names)
@@ -105,7 +107,7 @@ def test_a_shard_without_rows_has_no_vectors(tmp_path):
     assert set(shard.files) == {"failed/failed_00000.parquet"}
     assert not (tmp_path / "img_emb").exists() or list((tmp_path / "img_emb").iterdir()) == []
     assert store.finalize(str(tmp_path), store.Manifest(CONFIG, tasks=1)).rows == 0
-    assert store.verify(str(tmp_path)) == []
+    assert verify(str(tmp_path)) == []
 
 
 def test_a_shard_written_again_leaves_nothing_of_the_old_one(tmp_path):
@@ -127,7 +129,7 @@ def test_a_shard_that_another_run_has_made_from_other_inputs_is_not_replaced(tmp
     task = Task(0, (("other",),), 2)
     with (
         pytest.raises(ClipIndexError, match="another run embeds other inputs"),
-        store.EmbeddingWriter(str(tmp_path), task, CONFIG) as writer,
+        EmbeddingWriter(str(tmp_path), task, CONFIG) as writer,
     ):
         writer.append({name: unit_rows(2) for name in CONFIG.modalities}, metadata(2))
         writer.commit()
@@ -146,7 +148,7 @@ def test_the_markers_of_a_rank(tmp_path):
 
 def test_wrong_shapes_are_refused(tmp_path):
     with (
-        store.EmbeddingWriter(str(tmp_path), Task(0, ()), CONFIG) as writer,
+        EmbeddingWriter(str(tmp_path), Task(0, ()), CONFIG) as writer,
         pytest.raises(ValueError, match="expected"),
     ):
         writer.append({"image": unit_rows(3), "text": unit_rows(2)}, metadata(3))
@@ -157,7 +159,7 @@ def test_columns_of_mixed_kinds(tmp_path):
     rows[0] |= {"a": 1, "b": 1, "c": True, "d": 2**70}
     rows[1] |= {"a": 2.5, "b": "x", "c": None, "d": 1}
     rows[4] |= {"late": "z", "b": True}
-    with store.EmbeddingWriter(str(tmp_path), Task(0, ()), CONFIG) as writer:
+    with EmbeddingWriter(str(tmp_path), Task(0, ()), CONFIG) as writer:
         writer.append({"image": unit_rows(5), "text": unit_rows(5)}, rows)
         writer.commit()
     table = store.read_metadata(str(tmp_path), 0)
@@ -174,7 +176,7 @@ def test_columns_settle_across_blocks(tmp_path, monkeypatch):
     rows = metadata(6)
     for i, value in enumerate([1, 2, None, None, 0.5, 3]):
         rows[i]["n"] = value
-    with store.EmbeddingWriter(str(tmp_path), Task(0, ()), CONFIG) as writer:
+    with EmbeddingWriter(str(tmp_path), Task(0, ()), CONFIG) as writer:
         for start in range(0, 6, 2):
             writer.append({"image": unit_rows(2), "text": unit_rows(2)}, rows[start : start + 2])
         writer.commit()
@@ -184,7 +186,7 @@ def test_columns_settle_across_blocks(tmp_path, monkeypatch):
 def test_a_name_that_is_not_utf8_is_kept_readable(tmp_path):
     rows = metadata(1)
     rows[0]["key"] = os.fsdecode(b"caf\xe9.jpg")
-    with store.EmbeddingWriter(str(tmp_path), Task(0, ((os.fsdecode(b"caf\xe9.jpg"), 1),)), CONFIG) as writer:
+    with EmbeddingWriter(str(tmp_path), Task(0, ((os.fsdecode(b"caf\xe9.jpg"), 1),)), CONFIG) as writer:
         writer.append({"image": unit_rows(1), "text": unit_rows(1)}, rows)
         writer.commit()
     assert store.read_metadata(str(tmp_path), 0)["key"].to_pylist() == ["caf\\udce9.jpg"]
@@ -299,9 +301,9 @@ def damage_the_table(folder: Path) -> str:
 )
 def test_verify_names_what_is_wrong(tmp_path, damage):
     write_folder(tmp_path, [3, 4])
-    assert store.verify(str(tmp_path)) == []
+    assert verify(str(tmp_path)) == []
     says = damage(tmp_path)
-    problems = store.verify(str(tmp_path))
+    problems = verify(str(tmp_path))
     assert any(says in problem for problem in problems), problems
 
 
@@ -311,7 +313,7 @@ def test_the_same_folder_on_another_filesystem(tmp_path):
     for shard, n in enumerate([3, 4]):
         write_shard(remote, shard, n)
     store.finalize(remote, store.Manifest(CONFIG, tasks=2))
-    assert store.verify(remote) == []
+    assert verify(remote) == []
     for name, _ in storage.list_files(str(tmp_path)):
         assert storage.read_bytes(storage.join(remote, name)) == (tmp_path / name).read_bytes()
     np.testing.assert_array_equal(store.read_vectors(remote, "text", 1), store.read_vectors(str(tmp_path), "text", 1))
