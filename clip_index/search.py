@@ -19,7 +19,7 @@ from clip_index import expression, storage
 from clip_index.given_image import image_bytes, image_name
 from clip_index.index_folder import IndexFolder
 from clip_index.locations import find_index
-from clip_index.narrow import live_rows, nearest_rows
+from clip_index.narrow import live_rows, nearest_rows, rows_above
 from clip_index.opened import Opened, open_index
 from clip_index.points import Point, widest
 from clip_index.selection import Selection
@@ -75,6 +75,33 @@ class Searcher:
         ClipIndexError.
         """
         modality = self._modality(modality)
+        combined, kind = self._combined(query, text, image, vector)
+        options = {"nprobe": nprobe, "rerank": rerank, "where": where, "dedup": dedup, "embeddings": embeddings}
+        return self.nearest(combined[None], k=k, modality=modality, kind=kind, **options)[0]
+
+    def above(
+        self,
+        query: str | None = None,
+        *,
+        threshold: float,
+        text: str | None = None,
+        image: str | bytes | Image | None = None,
+        vector: Sequence[float] | np.ndarray | None = None,
+        modality: str | None = None,
+        where: str | None = None,
+    ) -> list[Hit]:
+        """All rows of at least a cosine similarity to a query, which is made as in `search`, by falling similarity.
+
+        Every row is compared exactly. Raises UsageError or ClipIndexError, also for an index without exact vectors.
+        """
+        opened = self._index(self._modality(modality))
+        wanted, _ = self._combined(query, text, image, vector)
+        scores, rows = rows_above(opened, wanted, threshold, self._allowed(where))
+        columns = self._metadata.take(rows)
+        return [self._hit(*each) for each in zip(rows.tolist(), scores.tolist(), columns, strict=True)]
+
+    def _combined(self, query: Any, text: Any, image: Any, vector: Any) -> tuple[np.ndarray, str | None]:
+        """(the unit vector float32 [dim] of all that is given, what it was made from if that is one thing)."""
         wanted, kinds = [], set()
         if vector is not None:
             wanted.append(self._check_vector(vector))
@@ -91,9 +118,7 @@ class Searcher:
         if not wanted:
             raise UsageError("search needs a query, a text, an image or a vector")
         combined = expression.combine([1.0] * len(wanted), np.stack(wanted))
-        kind = kinds.pop() if len(kinds) == 1 else None
-        options = {"nprobe": nprobe, "rerank": rerank, "where": where, "dedup": dedup, "embeddings": embeddings}
-        return self.nearest(combined[None], k=k, modality=modality, kind=kind, **options)[0]
+        return combined, kinds.pop() if len(kinds) == 1 else None
 
     def search_many(
         self,
@@ -264,9 +289,13 @@ class Searcher:
                 from clip_index.encoders import load_encoder
 
                 config = self._folder.marker.config
+                if not config.encoder:
+                    raise UsageError(f"{self.path} names no model: search it with vectors, or build it with --model")
                 encoder = load_encoder(config.encoder, device=self._device, towers=(tower,))
-                preprocess = encoder.preprocess.describe() if tower == "image" else config.preprocess
-                here = dataclasses.replace(config, fingerprint=encoder.fingerprint, preprocess=preprocess)
+                here = dataclasses.replace(config, dim=encoder.dim)
+                if config.fingerprint:  # embeddings of other programs do not say
+                    preprocess = encoder.preprocess.describe() if tower == "image" else config.preprocess
+                    here = dataclasses.replace(here, fingerprint=encoder.fingerprint, preprocess=preprocess)
                 if differences := config.differences(here):
                     raise ClipIndexError(
                         f"the index was made with another {config.encoder} ({'; '.join(differences)}): "

@@ -38,6 +38,7 @@ class AverageColour:
 class FakeEncoder:
     """Texts become the row that their digits name; pictures the average colour."""
 
+    dim = DIM
     fingerprint = FINGERPRINT
     preprocess = AverageColour()
 

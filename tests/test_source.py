@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -59,6 +62,25 @@ def test_npy_files_alone_of_any_length_and_precision(tmp_path, table):
         assert [hit.row for hit in hits] == list(brute_force(rows, query, 10)[0])
         assert hits[0].score == pytest.approx(float(rows[hits[0].row] @ query[0]) / 3, abs=1e-3)
         assert hits[0].key == (str(hits[0].row) if table is None else f"{hits[0].row}.jpg")
+
+
+def test_without_a_model_the_index_answers_vectors_alone(tmp_path):
+    theirs(tmp_path / "e", {"": random_rows(120)})
+    build_index(str(tmp_path / "e"), str(tmp_path / "i"))
+    with pytest.raises(UsageError, match="names no model"):
+        Searcher(str(tmp_path / "i")).search("a dog")
+
+
+def test_a_model_of_other_dimensions_is_refused(tmp_path, monkeypatch):
+    theirs(tmp_path / "e", {"": random_rows(120)})
+    build_index(str(tmp_path / "e"), str(tmp_path / "i"), model="any")
+    encoder = SimpleNamespace(dim=8, encode_text=lambda texts: random_rows(len(texts)))
+    loader = SimpleNamespace(load_encoder=lambda *_, **__: encoder)
+    monkeypatch.setitem(sys.modules, "clip_index.encoders", loader)
+    with pytest.raises(ClipIndexError, match="dim: 16 -> 8"):
+        Searcher(str(tmp_path / "i")).search("a dog")
+    encoder.dim = 16
+    assert len(Searcher(str(tmp_path / "i")).search("a dog")) == 10
 
 
 def test_folders_that_do_not_fit_together(tmp_path):
