@@ -36,7 +36,8 @@ def make_vectors(folder: Path, rows: int, dim: int) -> None:
     """Embeddings of CLIP-like vectors, as `clip-index embed` writes them, and held-out queries."""
     from clip_like import ClipLike
 
-    from clip_index.store import EmbeddingConfig, EmbeddingWriter, Manifest, finalize
+    from clip_index.shard_writer import EmbeddingWriter
+    from clip_index.store import EmbeddingConfig, Manifest, finalize
     from clip_index.types import Task
 
     source, config = ClipLike(dim), EmbeddingConfig("none", "", "fp32", {}, ("image", "text"), dim)
