@@ -20,6 +20,8 @@ from clip_index.convert import convert
 from clip_index.export import export
 from clip_index.dedup import dedup
 from clip_index.filter import filter
+from clip_index.dedup import dedup
+from clip_index.filter import filter
 from clip_index.query import query
 
 
@@ -251,6 +253,8 @@ PROGRAM = Program(
         "finalize": finalize,
         "build-index": build_index,
         "query": query,
+        "filter": filter,
+        "dedup": dedup,
         "filter": filter,
         "dedup": dedup,
         "verify": verify,

@@ -10,6 +10,7 @@ from clip_index.matrix import IndexMatrix
 from clip_index.opened import Opened
 from clip_index.points import Point
 from clip_index.selection import Selection, search_among
+from clip_index.types import ClipIndexError
 
 DELETED = "deleted.npy"
 """int64 [n], rising: the rows of an index that no search finds. They are gone when it is compacted."""
@@ -22,6 +23,25 @@ def live_rows(folder: IndexFolder) -> Selection | None:
     allowed = np.ones(folder.marker.rows, bool)
     allowed[np.load(folder.local(DELETED))] = False
     return Selection(allowed)
+
+
+def rows_above(
+    opened: Opened, query: np.ndarray, threshold: float, allowed: Selection | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(scores, rows) of all allowed rows of at least a score, by falling score. Raises ClipIndexError."""
+    if not opened.exact:
+        raise ClipIndexError("the index holds codes of its vectors alone: build it without --index_key or --engine")
+    near, found = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
+    for start, block in IndexMatrix(opened).blocks():
+        scores = block @ query
+        good = scores >= threshold
+        if allowed is not None:
+            good &= allowed.allowed[start : start + len(block)]
+        near.append(scores[good])
+        found.append(start + np.flatnonzero(good))
+    scores, rows = np.concatenate(near), np.concatenate(found)
+    order = np.argsort(-scores, kind="stable")
+    return scores[order], rows[order]
 
 
 def nearest_rows(

@@ -50,7 +50,7 @@ ROOMS = {
     ),
     "index": Room(
         "index index_folder index_writer families partition two_stage opened points measure plan source speed steps "
-        "metadata vectors recall report autofaiss_compat selection conditions matrix",
+        "metadata vectors recall report autofaiss_compat selection conditions matrix duplicates",
         top="types storage locations store numpy",
         late="faiss autofaiss embedding_reader pyarrow duckdb",
     ),
@@ -59,11 +59,14 @@ ROOMS = {
         top="types storage locations store index numpy",
         late="encoders faiss PIL",
     ),
+    "life": Room(
+        "copies duplicate_lists", top="types storage locations store index search numpy", late="pyarrow"
+    ),
     "show": Room("render terminal sheet thumbnails", top="types storage", late="preprocess PIL"),
     "cli": Room(
-        "__init__ __main__ cli build query convert embed_report command arguments front_door console",
+        "__init__ __main__ cli build query filter dedup convert embed_report command arguments front_door console",
         top="_version",
-        late="types storage store readers clip encoders embed index search show demo fire",
+        late="types storage store readers clip encoders embed index search life show demo fire",
     ),
     "demo": Room("demo", top="cli storage show", late="readers embed index search"),
 }
