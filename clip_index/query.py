@@ -18,6 +18,7 @@ def query(
     text: str | None = None,
     *,
     image: str | None = None,
+    texts: str | None = None,
     k: int = 10,
     where: str | None = None,
     dedup: bool = False,
@@ -40,6 +41,7 @@ def query(
         clip-index query "dog - snow"
         clip-index query "2:dog + ./beach.jpg"
         clip-index query "a dog" --where "width >= 512 and caption like '%red%'"
+        clip-index query --texts queries.txt --json
         clip-index query "a dog" --dedup --html sheet.html
         clip-index query "a dog" --json
 
@@ -47,6 +49,7 @@ def query(
         text: what to look for; ` + ` and ` - ` add and subtract terms, `2:` before a term is its weight, and a path is
             a picture
         image: a picture to look for, added to the text if there is one
+        texts: a file with a text a line, each searched for by itself; all go through the model in batches
         k: how many results
         where: an SQL condition over the columns of the metadata; k results wherever it holds for k rows
         dedup: leave out what is a near-copy of a better result
@@ -60,15 +63,23 @@ def query(
     """
     from clip_index.types import UsageError
 
-    if not (text or "").strip() and image is None:
+    if texts is not None and ((text or "").strip() or image is not None or html):
+        raise UsageError("--texts is searched for alone: leave out the other text, --image and --html")
+    if texts is None and not (text or "").strip() and image is None:
         raise UsageError('query: nothing to search for: give a text, "a dog", or --image FILE')
     if k < 1:
         raise UsageError(f"--k {k}: expected 1 or more")
     if not 0 < threshold <= 1:
         raise UsageError(f"--threshold {threshold}: expected a similarity between 0 and 1")
+    if texts is not None:
+        lines = _lines(texts)
     from clip_index.search import Searcher
 
     searcher = Searcher(index, device=device)
+    if texts is not None:
+        options = {"k": k, "modality": modality, "where": where, "dedup": threshold if dedup else None}
+        _show_all(lines, searcher.search_many(texts=lines, **options), json)
+        return
     hits = searcher.search(text, image=image, k=k, modality=modality, where=where, dedup=threshold if dedup else None)
     asked = " + ".join(part for part in (text, image) if part)
     if json:
@@ -87,6 +98,30 @@ def query(
         flags = {"--image": image, "--where": where, "--index": index, "--html": "sheet.html"}
         words = [word for flag, value in flags.items() if value for word in (flag, value)]
         suggest("query", *([text] if text else []), *words)
+
+
+def _lines(path: str) -> list[str]:
+    from clip_index import storage
+    from clip_index.types import ClipIndexError, UsageError
+
+    try:
+        lines = [line.strip() for line in storage.read_bytes(storage.absolute(path)).decode("utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClipIndexError(f"--texts {path} cannot be read as text: {error}") from error
+    if not any(lines):
+        raise UsageError(f"--texts {path} has no texts: write one a line")
+    return [line for line in lines if line]
+
+
+def _show_all(texts: list[str], answers: list[list[Hit]], json: bool) -> None:
+    if json:
+        ranked = [[{"rank": rank, **hit.to_dict()} for rank, hit in enumerate(hits, 1)] for hits in answers]
+        print_json([{"query": text, "results": found} for text, found in zip(texts, ranked, strict=True)])
+        return
+    for text, hits in zip(texts, answers, strict=True):
+        print(f"{text}:")
+        show(hits, "none")
+        print()
 
 
 def show(hits: Sequence[Hit], pictures: str = "auto") -> None:
