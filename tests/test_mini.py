@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -13,15 +12,23 @@ from clip_index.encoders.mini import ASSET, Join, Mini
 from clip_index.encoders.mini_towers import ImageTower, TextTower, dequantize, round_filters
 
 CPU = torch.device("cpu")
-RECIPE = Path(__file__).parent.parent / "pipelines" / "make_mini.py"
+PIPELINES = Path(__file__).parent.parent / "pipelines"
 
 
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("make_mini", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def recipe(monkeypatch):
+    """The script that makes the weights; it imports `mini_join` beside it."""
+    monkeypatch.syspath_prepend(PIPELINES)
+    import make_mini
+
+    return make_mini
+
+
+@pytest.fixture
+def joining(recipe):
+    import mini_join
+
+    return mini_join
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])
@@ -123,7 +130,7 @@ def test_bf16_stays_close_to_fp32():
 
 
 def test_preprocessing_is_what_the_tower_was_trained_with(mini):
-    assert mini.preprocess.size == 224
+    assert (mini.preprocess.size, mini.preprocess.resize_mode) == (224, "squash")
     np.testing.assert_allclose(np.array(mini.preprocess.mean) * 255, 127)
     np.testing.assert_allclose(np.array(mini.preprocess.std) * 255, 128)
 
@@ -131,16 +138,58 @@ def test_preprocessing_is_what_the_tower_was_trained_with(mini):
 # the join
 
 
-def test_conse_by_hand():
+def test_join_by_hand():
     weights = {
         "classifier.weight": torch.tensor([[1.0, 0], [0, 1], [0, 0]]),
         "classifier.bias": torch.tensor([0.0, 0, -9]),
         "classes": torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]]),
+        "head.weight": torch.tensor([[0.0, 0], [0, 0], [2, 1]]),
+        "head.bias": torch.tensor([0.0, 0.5, 0]),
     }
     join = Join(weights, top_k=2, temperature=0.5, device=CPU)
     # logits log(3) and 0 at temperature 1/2 have odds of 9 to 1; the third class is not among the two likeliest
+    named = torch.tensor([0.9, 0.1, 0]) / (0.81 + 0.01) ** 0.5
+    # the head sees the square roots' unit vector, which is (1, 0)
     got = join(torch.tensor([[np.log(3), 0]], dtype=torch.float32))
-    torch.testing.assert_close(got, torch.tensor([[0.9, 0.1, 0]]))
+    torch.testing.assert_close(got, (named + torch.tensor([0, 0.5, 2]))[None])
+
+
+def test_ridge_finds_a_linear_map_and_shrinks_with_the_penalty(joining):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 5, generator=generator) + 3
+    true = torch.randn(4, 5, generator=generator)
+    y = x @ true.T + 7
+    weight, bias = joining.fit_ridge(x, y, 1e-9)
+    torch.testing.assert_close(weight, true, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x @ weight.T + bias, y - y.mean(0), rtol=1e-3, atol=1e-3)
+    # for one centred feature of variance v, the weight is the true one times v / (v + penalty)
+    one = x[:, :1] - x[:, :1].mean()
+    shrunk, _ = joining.fit_ridge(one, one * 2, 0.5)
+    variance = one.square().mean().item()
+    assert shrunk.item() == pytest.approx(2 * variance / (variance + 0.5), rel=1e-5)
+
+
+def test_a_class_means_its_name_synonyms_and_definition(joining, tmp_path):
+    (tmp_path / "imagenet_synsets.txt").write_text("n2\n")
+    (tmp_path / "imagenet_synset_to_lemma.txt").write_text("n1\tcat\nn2\tdog, hound\n")
+    (tmp_path / "imagenet_synset_to_definition.txt").write_text("n1\tmews\nn2\tbarks\n")
+    axes = {"dog": [1, 0, 0], "dog: barks": [0, 1, 0], "a photo of a dog": [0, 0, 1], "a photo of a hound": [0, 0, 1]}
+    vectors = joining.class_vectors(tmp_path, lambda texts: torch.tensor([axes[text] for text in texts]).float())
+    torch.testing.assert_close(vectors, torch.full((1, 3), 3**-0.5))
+
+
+def test_emoji_have_two_names_and_flags_are_left_out(joining, tmp_path):
+    entries = [
+        {"category": "Animals & Nature", "image": "a.png", "name": "DOG FACE", "short_name": "dog-face_2"},
+        {"category": "Flags", "image": "b.png", "name": "FLAG", "short_name": "flag"},
+        {"category": "Objects", "image": "missing.png", "name": "KEY", "short_name": "key"},
+    ]
+    folder = tmp_path / "package" / "img" / "vendor" / "64"
+    folder.mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        (folder / name).touch()
+    (tmp_path / "package" / "emoji.json").write_text(json.dumps(entries))
+    assert joining.emoji(tmp_path) == [(folder / "a.png", ("dog face", "dog face 2"))]
 
 
 # the towers against plain implementations

@@ -7,6 +7,7 @@ the prefix `path`, or has a slash, and then it is CLIP's affair. Each leads to a
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -36,7 +37,7 @@ MODELS: dict[str, ModelInfo] = {
         dim=384,
         resolution=224,
         licence="Apache-2.0",
-        size_mb=33,
+        size_mb=35,
         note="ships with the package; EfficientNet-Lite0 and MiniLM joined in one space, for trying things out",
     ),
 }
@@ -51,7 +52,13 @@ MODELS |= {
     )
     for name, weights in WEIGHTS.items()
 }
-PREFIXES: dict[str, str] = {"path": "clip", "open_clip": "open_clip", "hf": "transformers"}
+PREFIXES: dict[str, str] = {
+    "path": "clip",
+    "open_clip": "open_clip",
+    "hf": "transformers",
+    "onnx": "onnx",
+    "openvino": "onnx",
+}
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -86,6 +93,26 @@ def load_encoder(
     return importlib.import_module(f"{__name__}.{module}").load(
         name, device=device, precision=precision, towers=tuple(towers)
     )
+
+
+def precisions(name: str, device: str = "auto") -> tuple[str, tuple[str, ...]]:
+    """(the model to load in float32, the precisions that this one can have) on a device; an exported model has one.
+
+    Raises UsageError for an unknown name or device.
+    """
+    from clip_index.encoders.runtime import PRECISIONS, resolve_device, resolve_precision
+
+    if _module(name) == "onnx":
+        from clip_index.encoders.onnx import read_config
+
+        told = read_config(name.partition(":")[2])
+        return told["model"], (told["precision"],)
+    where = resolve_device(device)
+    possible = []
+    for precision in PRECISIONS[1:]:
+        with contextlib.suppress(UsageError):
+            possible.append(resolve_precision(precision, where))
+    return name, tuple(possible)
 
 
 def _module(name: str) -> str:

@@ -1,9 +1,9 @@
 """The model that ships with the package: `mini`, two published towers joined in MiniLM's space.
 
 1. A caption's vector is MiniLM's own (all-MiniLM-L6-v2, 384 numbers).
-2. A picture's vector is made of such vectors: EfficientNet-Lite0 says which ImageNet classes it sees, and the
-   embeddings of the likeliest classes' names are averaged with their probabilities as weights (ConSE: Norouzi et
-   al., "Zero-Shot Learning by Convex Combination of Semantic Embeddings", 2014).
+2. A picture's vector has two parts. EfficientNet-Lite0 says which ImageNet classes it sees, and the likeliest classes'
+   vectors are averaged with their probabilities as weights (ConSE: Norouzi et al., "Zero-Shot Learning by Convex
+   Combination of Semantic Embeddings", 2014). A linear head adds what the classes do not say; it was fitted on emoji.
 
 The weights lie in `clip_index/data/mini`, one file a tower and `join.safetensors` for the second step.
 """
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -29,17 +30,24 @@ ASSET = Path(__file__).parent.parent / "data" / "mini"
 
 
 class Join:
-    """Pooled image features [n, 1280] to vectors in the text space [n, 384], by ConSE, in float32."""
+    """Pooled image features [n, 1280] to vectors in the text space [n, 384], in float32."""
 
     def __init__(self, weights: Weights, *, top_k: int, temperature: float, device: torch.device):
         like = torch.empty(0, device=device)
         self.classifier = SlicedLinear(weights["classifier.weight"], weights["classifier.bias"], like=like)
+        self.head = SlicedLinear(weights["head.weight"], weights["head.bias"], like=like)
         self.classes = weights["classes"].to(like)
         self.top_k, self.temperature = top_k, temperature
 
     def __call__(self, features: Tensor) -> Tensor:
         logits, classes = self.classifier(features).topk(self.top_k)
-        return ((logits / self.temperature).softmax(-1)[..., None] * self.classes[classes]).sum(1)
+        named = ((logits / self.temperature).softmax(-1)[..., None] * self.classes[classes]).sum(1)
+        return F.normalize(named) + self.head(power_normalize(features))
+
+
+def power_normalize(features: Tensor) -> Tensor:
+    """Unit rows of the square roots: no single feature, of those that are never negative, outweighs the others."""
+    return F.normalize(features.sqrt())
 
 
 class Mini:
