@@ -184,6 +184,7 @@ class TwoStage:
         wanted = min(self.rows, max(point.rerank, 2 * k))
         scores = np.full((len(queries), k), -np.inf, np.float32)
         places = np.full((len(queries), k), -1, np.int64)
+        queries = np.ascontiguousarray(queries, np.float32)
 
         def rank(start: int) -> None:
             part = slice(start, start + _BATCH)
@@ -233,8 +234,15 @@ class TwoStage:
         return scores, np.where(pairs < 0, -1, self._starts[np.maximum(pairs, 0) >> 32] + (pairs & 0xFFFFFFFF))
 
     def _exact(self, places: np.ndarray, query: np.ndarray) -> np.ndarray:
-        rows = np.take(self._vectors, places, axis=0)
-        return self._half.sa_decode(rows.view(np.uint8)) @ query if len(rows) else np.empty(0, np.float32)
+        import faiss
+
+        exact = np.empty(len(places), np.float32)
+        if len(places):
+            rows = self._half.sa_decode(np.take(self._vectors, places, axis=0).view(np.uint8))
+            # numpy's product would start threads for so little, which wait for each other on a busy machine
+            pointers = (faiss.swig_ptr(array) for array in (exact, query, rows))
+            faiss.fvec_inner_products_ny(*pointers, self.dim, len(rows))
+        return exact
 
     def _row_of(self, places: np.ndarray) -> np.ndarray:
         return np.where(places < 0, -1, self._rows[np.maximum(places, 0)].astype(np.int64))

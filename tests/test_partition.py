@@ -56,6 +56,18 @@ def test_copies_and_few_vectors():
     np.testing.assert_array_equal(each[Partition(each).assign(each)], each)
 
 
+def test_a_gpu_is_asked_where_there_is_one(monkeypatch):
+    asked = []
+    kmeans = faiss.Kmeans
+    parts = train(clusters(600), 10)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "knn_gpu", lambda _, *args: asked.append("knn") or faiss.knn(*args), raising=False)
+    monkeypatch.setattr(faiss, "Kmeans", lambda *args, gpu, **options: asked.append(gpu) or kmeans(*args, **options))
+    np.testing.assert_array_equal(train(clusters(600), 10).centroids, parts.centroids)
+    assert set(asked) == {"knn", True}
+
+
 def test_lists_are_shared_in_proportion():
     assert list(share(10, np.array([50, 30, 20]))) == [5, 3, 2]
     assert list(share(4, np.array([1, 1, 98]))) == [0, 0, 4]
