@@ -126,7 +126,7 @@ def build_autofaiss(folder: Path, scratch: str, options: argparse.Namespace) -> 
 
     vectors = open_vectors(folder)
     memory = 4 << 30 if options.one == "autofaiss" else int(1.25 * options.same_bytes * vectors.rows)
-    index, key, parameters = autofaiss_compat.build(vectors.path, index_key=None, memory=memory)
+    index, key, parameters = autofaiss_compat.build(vectors.path, index_key=None, memory=memory, available=4 << 30)
     print(f"  {options.one}: {key} {parameters}", file=sys.stderr)
     path = f"{scratch}/knn.index"
     faiss.write_index(index, path)
@@ -253,7 +253,11 @@ def main() -> None:
                 options.same_bytes,
             ]
             command = [sys.executable, __file__, "--one", method, *map(str, flags)]
-            result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+            done = subprocess.run(command, stdout=subprocess.PIPE)
+            if done.returncode:
+                print(f"{method:22}    could not build: the reason is above", flush=True)
+                continue
+            result = json.loads(done.stdout)
             cells = (
                 f"{result[name]:9.3f}" if name in ("image", "text") else f"{result[name]:9.1f}" for name in columns
             )

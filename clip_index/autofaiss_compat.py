@@ -95,10 +95,12 @@ def _quiet(verbose: bool) -> Iterator[_LastError]:
         logger.propagate = propagate
 
 
-def build(vectors_path: str, *, index_key: str | None, memory: int, verbose: bool = False) -> tuple[Any, str, str]:
+def build(
+    vectors_path: str, *, index_key: str | None, memory: int, available: int | None = None, verbose: bool = False
+) -> tuple[Any, str, str]:
     """(faiss index, key, search parameters) over the npy files of a folder, inner product, within `memory` bytes.
 
-    Without a key autofaiss chooses one. Raises ClipIndexError with autofaiss's reason.
+    `available` is what the build may hold, where that is more than the index. Without a key autofaiss chooses one. Raises ClipIndexError with autofaiss's reason.
     """
     import autofaiss
     import faiss
@@ -111,7 +113,7 @@ def build(vectors_path: str, *, index_key: str | None, memory: int, verbose: boo
                 index_key=index_key,
                 metric_type="ip",
                 max_index_memory_usage=f"{int(memory * 0.8)}B",  # it insists on a tenth more than the index takes
-                current_memory_available=f"{memory}B",
+                current_memory_available=f"{available or memory}B",
                 nb_cores=faiss.omp_get_max_threads(),
             )
         except (ValueError, RuntimeError, AssertionError) as error:
