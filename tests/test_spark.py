@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import fakes
+import numpy as np
 import pytest
 from fakes import contents, make_pictures
 
@@ -93,16 +94,31 @@ def test_spark_makes_what_one_process_makes(session, source, whole, tmp_path):
     assert contents(tmp_path / "out") == whole
 
 
+def pipeline(monkeypatch, name: str, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    runpy.run_path(str(TESTS.parent / "pipelines" / name), run_name="__main__")
+
+
 def test_the_pipeline_goes_on_where_it_stopped(session, source, whole, tmp_path, monkeypatch):
     shutil.copytree(source.parent / "whole", tmp_path / "out")
     for shard in (2, 7):
         (tmp_path / f"out/done/{shard:05d}.json").unlink()
-    words = ["spark_embed.py", source, tmp_path / "out", "--batch_size", 2, "--rows_per_shard", 4]
-    monkeypatch.setattr(sys, "argv", [str(word) for word in words])
+    words = [source, tmp_path / "out", "--batch_size", 2, "--rows_per_shard", 4]
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(TESTS.parent / "pipelines/spark_embed.py"), run_name="__main__")
+        pipeline(monkeypatch, "spark_embed.py", *words)
     assert ended.value.code == 3  # a sample could not be read
     assert contents(tmp_path / "out") == whole
+
+
+def test_executors_fill_an_index(session, source, whole, tmp_path, monkeypatch):
+    import faiss
+
+    pipeline(monkeypatch, "spark_index.py", source.parent / "whole", tmp_path / "index", "--index_key", "IVF1,Flat")
+    index = faiss.read_index(str(tmp_path / "index/image.index"))
+    shards = [np.load(path) for path in sorted((source.parent / "whole/img_emb").glob("*.npy"))]
+    vectors = np.concatenate(shards).astype(np.float32)
+    assert index.ntotal == len(vectors) == N - 1
+    np.testing.assert_array_equal(index.search(vectors, 1)[1][:, 0], np.arange(N - 1))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the executors in /proc")
