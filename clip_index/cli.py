@@ -17,10 +17,8 @@ from clip_index.build import build_index
 from clip_index.command import Program
 from clip_index.console import beside, count, note, print_json, suggest
 from clip_index.convert import convert
+from clip_index.dedup import dedup
 from clip_index.export import export
-from clip_index.dedup import dedup
-from clip_index.filter import filter
-from clip_index.dedup import dedup
 from clip_index.filter import filter
 from clip_index.query import query
 
@@ -253,8 +251,6 @@ PROGRAM = Program(
         "finalize": finalize,
         "build-index": build_index,
         "query": query,
-        "filter": filter,
-        "dedup": dedup,
         "filter": filter,
         "dedup": dedup,
         "verify": verify,

@@ -34,13 +34,16 @@ ROOMS = {
     "readers": Room("readers", top="types storage", late="pyarrow"),
     "preprocess": Room("preprocess decode", top="types numpy PIL simplejpeg", late="torch"),
     "clip": Room(
-        "clip", top="types storage locations preprocess numpy torch", late="safetensors huggingface_hub ftfy regex"
+        "clip",
+        top="types storage locations preprocess numpy torch",
+        late="safetensors huggingface_hub ftfy regex tokenizers onnx onnxruntime",
     ),
     "encoders": Room(
         "encoders",
         top="types preprocess clip numpy torch safetensors tokenizers",
-        late="open_clip transformers onnxruntime",
+        late="open_clip transformers",
     ),
+    "gates": Room("gates", top="types numpy", late="encoders preprocess PIL"),
     "executors": Room("executors cluster", top="types"),
     "spark": Room("spark", top="types executors", late="pyspark py4j pyarrow"),
     "embed": Room(
@@ -64,9 +67,10 @@ ROOMS = {
     ),
     "show": Room("render terminal sheet thumbnails", top="types storage", late="preprocess PIL"),
     "cli": Room(
-        "__init__ __main__ cli build query filter dedup convert embed_report command arguments front_door console",
+        "__init__ __main__ cli build query filter dedup convert export embed_report command arguments front_door "
+        "console",
         top="_version",
-        late="types storage store readers clip encoders embed index search life show demo fire",
+        late="types storage store readers clip encoders gates embed index search life show demo fire",
     ),
     "demo": Room("demo", top="cli storage show", late="readers embed index search"),
 }
