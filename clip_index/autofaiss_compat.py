@@ -100,7 +100,8 @@ def build(
 ) -> tuple[Any, str, str]:
     """(faiss index, key, search parameters) over the npy files of a folder, inner product, within `memory` bytes.
 
-    `available` is what the build may hold, where that is more than the index. Without a key autofaiss chooses one. Raises ClipIndexError with autofaiss's reason.
+    `available` is what the build may hold, where that is more than the index. Without a key autofaiss chooses one.
+    Raises ClipIndexError with autofaiss's reason.
     """
     import autofaiss
     import faiss
