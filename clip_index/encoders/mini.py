@@ -6,6 +6,14 @@
    Combination of Semantic Embeddings", 2014). A linear head adds what the classes do not say; it was fitted on emoji.
 
 The weights lie in `clip_index/data/mini`, one file a tower and `join.safetensors` for the second step.
+
+What narrow numbers cost, mean cosine to the published weights in float32: text 0.9998 (int8 weights, in fp32 and bf16),
+pictures 0.99999 (fp16 weights) and 0.9999 (in bf16); recall moves by less than 0.01. Text-to-image recall, one query a
+caption, on pictures that nothing was fitted on, and in brackets without the head and with pictures cropped:
+
+    403 photographs of things (Tux Paint stamps)   R@1 0.25 (0.22)   R@10 0.52 (0.43)
+    312 pictures of the sample, mostly drawings    R@1 0.34 (0.24)   R@10 0.72 (0.54)
+    1,599 emoji of a vendor not trained on         R@1 0.11 (0.03)   R@10 0.35 (0.07)
 """
 
 from __future__ import annotations
