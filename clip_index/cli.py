@@ -14,6 +14,7 @@ from typing import Literal
 from clip_index import front_door
 from clip_index._version import __version__
 from clip_index.build import build_index
+from clip_index.change import append, delete, merge
 from clip_index.command import Program
 from clip_index.console import beside, count, note, print_json, suggest
 from clip_index.convert import convert
@@ -251,6 +252,9 @@ PROGRAM = Program(
         "finalize": finalize,
         "build-index": build_index,
         "query": query,
+        "append": append,
+        "delete": delete,
+        "merge": merge,
         "filter": filter,
         "dedup": dedup,
         "verify": verify,

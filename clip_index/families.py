@@ -47,8 +47,12 @@ def make(
     memory: int,
     steps: Steps,
     verbose: bool = False,
+    like: str | None = None,
 ) -> tuple[str, str]:
-    """Write the files of an index over all rows in order, `path` giving the place of each; (key, search parameters)."""
+    """Write the files of an index over all rows in order, `path` giving the place of each; (key, search parameters).
+
+    `like` is the file of an index of two stages whose lists are taken instead of trained ones.
+    """
     import faiss
 
     parameters = ""
@@ -60,7 +64,7 @@ def make(
         try:
             if found := _TWO_STAGE.fullmatch(key):
                 lists = min(int(found[1]), vectors.rows)
-                built = two_stage.build(vectors, path, lists, memory, steps)
+                built = two_stage.build(vectors, path, lists, memory, steps, like)
             else:
                 built = _with_faiss(vectors, key, steps)
         except RuntimeError as error:

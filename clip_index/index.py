@@ -74,19 +74,43 @@ def build_index(
     if queries < 1:
         raise UsageError(f"recall cannot be measured with {queries} queries")
     started = time.perf_counter()
-    embeddings, index = storage.absolute(embeddings), storage.absolute(index)
-    source = open_source(embeddings, model)
-    config, matrices = source.config, source.matrices
+    source = open_source(storage.absolute(embeddings), model)
+    if modality is not None and modality not in source.config.modalities:
+        raise UsageError(f"no {modality!r} vectors in {embeddings}, only {' and '.join(source.config.modalities)}")
+    options = {"memory": limit, "recall_target": recall_target, "queries": queries, "verbose": verbose}
+    family = families.choose(source.rows, engine, index_key)
+    indexed = (modality,) if modality else source.config.modalities
+    return build_from(source, index, source.folder, family=family, indexed=indexed, started=started, **options)
+
+
+def build_from(
+    source: Source,
+    index: str,
+    embeddings: str,
+    *,
+    family: tuple[str, str | None],
+    indexed: tuple[str, ...],
+    memory: int,
+    started: float,
+    recall_target: float = 0.99,
+    queries: int = 1000,
+    verbose: bool = False,
+    like: IndexFolder | None = None,
+) -> dict[str, Any]:
+    """Build an index over opened embeddings, as `build_index`; `family` is (engine, key).
+
+    `embeddings` is where they are said to be from. The lists of two stages are those of the index `like`, if given.
+    """
+    index, config, matrices = storage.absolute(index), source.config, source.matrices
+    engine, key = family
     if not source.rows:
         raise ClipIndexError(f"nothing to index: {embeddings} has no rows")
-    if modality is not None and modality not in config.modalities:
-        raise UsageError(f"no {modality!r} vectors in {embeddings}, only {' and '.join(config.modalities)}")
-    indexed = (modality,) if modality else config.modalities
     report: dict[str, Any] = {"index": index, "embeddings": embeddings, "encoder": config.encoder}
     report |= {"rows": source.rows, "dim": config.dim, "recall_target": recall_target, "indices": {}, "warnings": []}
     with IndexWriter(index) as writer:
+        if like is not None:
+            like.check_current()
         metadata = _copy_metadata(source, writer)
-        engine, key = families.choose(source.rows, engine, index_key)
         exact = key in families.EXACT_KEYS
         held_out = _held_out(matrices, metadata, min(queries, _EXACT_QUERIES) if exact else queries)
         search = {}
@@ -101,9 +125,10 @@ def build_index(
                 engine,
                 key,
                 path=lambda suffix, name=modality: writer.path(f"{name}.{suffix}"),
-                memory=limit,
+                memory=memory,
                 steps=steps,
                 verbose=verbose,
+                like=like and like.local(f"{modality}.index"),
             )
             suffixes = ("index", VECTORS, ROWS) if families.is_two_stage(engine, built_key) else ("index",)
             files = [writer.path(f"{modality}.{suffix}") for suffix in suffixes]

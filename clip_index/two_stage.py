@@ -57,8 +57,13 @@ def code_bytes(dim: int) -> int:
     return (dim + 7) // 8 + 8
 
 
-def build(vectors: Vectors, path: Callable[[str], str], lists: int, memory: int, steps: Steps) -> Any:
-    """Write NAME.vectors.npy and NAME.rows.npy, `path` giving the place of each; the faiss index, to be written."""
+def build(
+    vectors: Vectors, path: Callable[[str], str], lists: int, memory: int, steps: Steps, like: str | None = None
+) -> Any:
+    """Write NAME.vectors.npy and NAME.rows.npy, `path` giving the place of each; the faiss index, to be written.
+
+    `like` is the file of an index that was built before: its lists are taken instead of trained ones.
+    """
     import faiss
 
     needed = index_bytes(vectors.rows, vectors.dim, lists) + 2 * _BLOCK_ROWS * vectors.dim * 4
@@ -68,7 +73,8 @@ def build(vectors: Vectors, path: Callable[[str], str], lists: int, memory: int,
             f"{memory / 1e9:.1f} GB of --memory: give more, or split the embeddings and build an index of each part"
         )
     with steps.timed("train"):
-        parts, rotation, inverted = _train(vectors, lists, (memory - needed) // (3 * vectors.dim * 4))
+        most = (memory - needed) // (3 * vectors.dim * 4)
+        parts, rotation, inverted = _as_in(like) if like else _train(vectors, lists, most)
     with steps.timed("add"):
         order = _add(vectors, parts, rotation, inverted)
     built = faiss.IndexPreTransform(rotation, inverted)
@@ -86,17 +92,37 @@ def _train(vectors: Vectors, lists: int, most: int) -> tuple[partition.Partition
     rotation = faiss.RandomRotationMatrix(vectors.dim, vectors.dim)
     rotation.init(1)
     parts = partition.train(rotation.apply(vectors.take(np.sort(rows))), lists)
+    return parts, rotation, _empty(parts.centroids)
+
+
+def _as_in(path: str) -> tuple[partition.Partition, Any, Any]:
+    """The lists and the rotation of an index that is there."""
+    import faiss
+
+    index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
+    rotation = faiss.RandomRotationMatrix(index.d, index.d)
+    rotation.init(1)
+    faiss.copy_array_to_vector(faiss.vector_to_array(faiss.downcast_VectorTransform(index.chain.at(0)).A), rotation.A)
+    inverted = faiss.downcast_index(index.index)
+    centroids = faiss.downcast_index(inverted.quantizer).reconstruct_n(0, inverted.nlist)
+    return partition.Partition(centroids), rotation, _empty(centroids)
+
+
+def _empty(centroids: np.ndarray) -> Any:
+    import faiss
+
+    lists, dim = centroids.shape
     if lists >= _HNSW_LISTS:
-        quantizer = faiss.IndexHNSWFlat(vectors.dim, _HNSW_LINKS, faiss.METRIC_L2)
+        quantizer = faiss.IndexHNSWFlat(dim, _HNSW_LINKS, faiss.METRIC_L2)
         quantizer.hnsw.efConstruction = _HNSW_CONSTRUCTION
         quantizer.hnsw.efSearch = 4 * _HNSW_CONSTRUCTION
     else:
-        quantizer = faiss.IndexScalarQuantizer(vectors.dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2)
-    quantizer.add(parts.centroids)
-    inverted = faiss.IndexIVFRaBitQ(quantizer, vectors.dim, len(parts.centroids), faiss.METRIC_INNER_PRODUCT)
-    inverted.qb, inverted.nprobe = QUERY_BITS, min(_DEFAULT_PROBES, len(parts.centroids))
-    inverted.train(parts.centroids)
-    return parts, rotation, inverted
+        quantizer = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_L2)
+    quantizer.add(centroids)
+    inverted = faiss.IndexIVFRaBitQ(quantizer, dim, lists, faiss.METRIC_INNER_PRODUCT)
+    inverted.qb, inverted.nprobe = QUERY_BITS, min(_DEFAULT_PROBES, lists)
+    inverted.train(centroids)
+    return inverted
 
 
 def _add(vectors: Vectors, parts: partition.Partition, rotation: Any, inverted: Any) -> np.ndarray:

@@ -1,0 +1,222 @@
+"""Appending, deleting, compacting and merging, against an index that is built over the same rows."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import faiss
+import numpy as np
+import pytest
+from embedding_fakes import brute_force, make_embeddings, metadata_rows, random_rows, stored
+
+from clip_index import storage, upkeep
+from clip_index.index import build_index, verify_index
+from clip_index.search import Searcher
+from clip_index.store import EmbeddingConfig
+from clip_index.types import ClipIndexError, UsageError
+
+KEYS = (None, "IVF16,RaBitQ")
+COUNT = 1000
+
+
+@pytest.fixture(autouse=True)
+def quiet(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(upkeep, "build_from", functools.partial(upkeep.build_from, queries=40))
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    yield
+    faiss.omp_set_num_threads(before)
+
+
+ROWS = {"image": random_rows(COUNT), "text": random_rows(COUNT, seed=1)}
+
+
+def make(folder, first, last, key=None, build=True, **options):
+    """Embeddings of some of ROWS, in `folder`-e, and an index over them in `folder`."""
+    part = {name: rows[first:last] for name, rows in ROWS.items()}
+    make_embeddings(f"{folder}-e", part, rows=metadata_rows(first, last - first), **options)
+    if build:
+        build_index(f"{folder}-e", str(folder), index_key=key, queries=40)
+    return str(folder)
+
+
+def check(folder, numbers):
+    """The index holds just the given rows of ROWS, in this order, and finds them exactly, looking everywhere."""
+    assert verify_index(folder) == []
+    searcher = Searcher(folder)
+    assert searcher.rows == len(numbers)
+    check_found(folder, numbers)
+    hits = searcher.search(vector=random_rows(1, seed=8)[0], k=20)
+    for hit in hits:
+        number = int(numbers[hit.row])
+        assert hit.key == f"key-{number}"
+        assert {**hit.meta, "key": hit.key} == metadata_rows(number, 1)[0]
+    assert not [name for name in os.listdir(folder) if name.startswith(".staging") or name.endswith(".tmp")]
+
+
+def check_found(folder, numbers):
+    searcher = Searcher(folder)
+    for modality, rows in ROWS.items():
+        deep = {"nprobe": 16, "rerank": COUNT} if searcher._folder.marker.search[modality] else {}
+        for query in random_rows(5, seed=7):
+            hits = searcher.search(vector=query, k=20, modality=modality, **deep)
+            expected = np.asarray(numbers)[brute_force(stored(rows[numbers]), query[None], 20)[0]]
+            assert [hit.key for hit in hits] == [f"key-{number}" for number in expected]
+
+
+def centroids(folder):
+    index = faiss.read_index(f"{folder}/image.index")
+    return faiss.downcast_index(faiss.downcast_index(index.index).quantizer).reconstruct_n(0, 16)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_append_is_a_build_over_all_rows(tmp_path, key):
+    folder = make(tmp_path / "i", 0, 700, key)
+    before = Searcher(folder)
+    make(tmp_path / "more", 700, COUNT, build=False)
+    report = upkeep.append(folder, str(tmp_path / "more-e"))
+    check(folder, np.arange(COUNT))
+    assert report == json.loads((tmp_path / "i/report.json").read_text())
+    assert report["rows"] == COUNT and report["indices"]["image"]["recall"]["image"]["recall@10"]["mean"] > 0.9
+    assert before.search(vector=random_rows(1, seed=3)[0])  # who had it open goes on
+    if key:
+        np.testing.assert_array_equal(centroids(folder), centroids(make(tmp_path / "same", 0, 700, key)))
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_deleted_rows_are_not_found_and_compacting_removes_them(tmp_path, key):
+    folder = make(tmp_path / "i", 0, 600, key)
+    inodes = os.stat(f"{folder}/image.index").st_ino
+    told = upkeep.delete(folder, keys=["key-3", "key-4"], rows=[4, 500], where="key like 'key-1%'")
+    gone = {3, 4, 500} | {number for number in range(600) if str(number).startswith("1")}
+    kept = np.array(sorted(set(range(600)) - gone))
+    assert told == {"deleted": len(gone), "deleted_in_all": len(gone), "rows": 600}
+    assert verify_index(folder) == []
+    check_found(folder, kept)
+    assert os.stat(f"{folder}/image.index").st_ino == inodes  # nothing was copied
+    assert upkeep.delete(folder, keys=["key-3"], rows=[599]) == {
+        "deleted": 1, "deleted_in_all": len(gone) + 1, "rows": 600,
+    }  # fmt: skip
+    check_found(folder, kept[:-1])
+    query = random_rows(1, seed=3)[0]
+    assert len(Searcher(folder).search(vector=query, k=600)) == len(kept) - 1
+    assert {hit.row for hit in Searcher(folder).search(vector=query, k=9, where="key in ('key-2', 'key-3')")} == {2}
+    upkeep.compact(folder)
+    check(folder, kept[:-1])
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_merge_is_a_build_over_all_rows(tmp_path, key):
+    parts = [make(tmp_path / "a", 0, 300), make(tmp_path / "b", 300, 900, key), make(tmp_path / "c", 900, COUNT, key)]
+    upkeep.delete(parts[1], rows=[0, 1, 599])
+    upkeep.merge(parts, str(tmp_path / "merged"))
+    check(str(tmp_path / "merged"), np.r_[0:300, 302:899, 900:COUNT])
+    for part in parts:
+        assert verify_index(part) == []
+    report = json.loads((tmp_path / "merged/report.json").read_text())
+    assert report["indices"]["image"]["index_key"] == (key or "SQfp16")
+
+
+def test_an_exact_index_that_grows_gets_two_stages(tmp_path, monkeypatch):
+    monkeypatch.setattr(upkeep.families, "EXACT_ROWS", 800)
+    folder = make(tmp_path / "i", 0, 700)
+    make(tmp_path / "more", 700, COUNT, build=False)
+    report = upkeep.append(folder, str(tmp_path / "more-e"))
+    assert report["indices"]["image"]["index_key"].endswith("RaBitQ")
+    assert verify_index(folder) == []
+
+
+def test_columns_of_both_are_kept(tmp_path):
+    folder = make(tmp_path / "i", 0, 100)
+    rows = [{**row, "license": "by"} for row in metadata_rows(100, 50)]
+    make_embeddings(tmp_path / "more-e", {name: rows[100:150] for name, rows in ROWS.items()}, rows=rows)
+    upkeep.append(folder, str(tmp_path / "more-e"))
+    hits = Searcher(folder).search(vector=ROWS["image"][120], k=150)
+    assert {hit.meta["license"] for hit in hits if hit.row < 100} == {None}
+    assert {hit.meta["license"] for hit in hits if hit.row >= 100} == {"by"}
+
+
+def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path):
+    folder = make(tmp_path / "i", 0, 100)
+    marker = (tmp_path / "i/clip_index.json").read_bytes()
+    config = EmbeddingConfig("other", "feed", "fp32", {"size": 8}, ("image", "text"), 16)
+    make(tmp_path / "other", 100, 150, config=config)
+    with pytest.raises(ClipIndexError, match=r"made otherwise than.*fingerprint"):
+        upkeep.append(folder, str(tmp_path / "other-e"))
+    with pytest.raises(ClipIndexError, match=r"made otherwise than.*fingerprint"):
+        upkeep.merge([folder, str(tmp_path / "other")], str(tmp_path / "merged"))
+    with pytest.raises(UsageError, match="no row has the key 'key-1000', nor 1 more"):
+        upkeep.delete(folder, keys=["key-1", "key-1000", "key-2000"])
+    with pytest.raises(UsageError, match="no row 100"):
+        upkeep.delete(folder, rows=[100])
+    with pytest.raises(UsageError, match="would be left"):
+        upkeep.delete(folder, where="true")
+    with pytest.raises(UsageError, match="two indices or more"):
+        upkeep.merge([folder], str(tmp_path / "merged"))
+    with pytest.raises(UsageError, match="holds an index already"):
+        upkeep.merge([folder, folder], folder)
+    assert upkeep.delete(folder, where="false")["deleted"] == 0
+    assert (tmp_path / "i/clip_index.json").read_bytes() == marker
+    assert verify_index(folder) == []
+
+
+def test_a_remote_index(tmp_path):
+    make("memory://upkeep/i", 0, 100)
+    make("memory://upkeep/more", 100, 150, build=False)
+    upkeep.delete("memory://upkeep/i", rows=[5])
+    upkeep.append("memory://upkeep/i", "memory://upkeep/more-e")
+    assert verify_index("memory://upkeep/i") == []
+    check_found("memory://upkeep/i", np.delete(np.arange(150), 5))
+    assert not [name for name in storage.list_names("memory://upkeep/i") if name.startswith(".staging")]
+
+
+KILL = """
+import os, signal, sys
+from clip_index import index_writer, storage, upkeep
+
+def kill_at(module, name, call):
+    original, calls = getattr(module, name), []
+    def counted(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call and (name != "write_bytes" or args[0].endswith("clip_index.json")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if name == "write_bytes" and not args[0].endswith("clip_index.json"):
+            calls.pop()
+        return original(*args, **kwargs)
+    setattr(module, name, counted)
+
+folder, step, moment = sys.argv[1:]
+kill_at(*{"before": (storage, "write_bytes", 1), "after": (index_writer, "_move", 2)}[moment])
+if step == "append":
+    upkeep.append(folder, folder + "-more-e")
+elif step == "delete":
+    upkeep.delete(folder, rows=range(50))
+elif step == "compact":
+    upkeep.compact(folder)
+else:
+    upkeep.merge([folder, folder + "-more"], folder + "-merged")
+"""
+
+
+@pytest.mark.parametrize("step", ["append", "delete", "compact", "merge"])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_kill_leaves_one_index_whole(tmp_path, step, moment):
+    folder = make(tmp_path / "i", 0, 200)
+    upkeep.delete(folder, rows=[199])
+    make(tmp_path / "i-more", 200, 250, build=step == "merge")
+    killed = subprocess.run([sys.executable, "-c", KILL, folder, step, moment], capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    assert verify_index(folder) == []
+    old = np.arange(199)
+    new = {"append": np.r_[0:199, 200:250], "delete": np.arange(50, 199)}.get(step, old)
+    if step == "merge" and moment == "after":
+        check_found(f"{folder}-merged", np.r_[0:199, 200:250])
+    check_found(folder, old if moment == "before" else new)
+    upkeep.compact(folder)
+    check(folder, old if moment == "before" else new)
