@@ -130,7 +130,9 @@ def embed(
         print(format_summary(summary))
     if summary.failed:
         note(format_failures(summary))
-    if not json:
+    if not json and summary.world > 1:
+        suggest("finalize", output)
+    elif not json:
         suggest("build-index", output, beside(output, "index"))
     if summary.failed:
         raise SystemExit(front_door.FAILED_SAMPLES)

@@ -9,6 +9,7 @@ A task that needs a GPU gets one by a resource profile, except in local mode, wh
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
 import os
@@ -143,6 +144,7 @@ def _session() -> Any:
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # `python3` of the path is seldom this environment
         try:
             active = SparkSession.builder.appName("clip-index").getOrCreate()
+            atexit.register(active.stop)  # or its executors are killed, and started again
         except RuntimeError as error:
             raise ClipIndexError(f"Spark does not start: {' '.join(str(error).split())}; it needs Java 17") from error
     return active

@@ -127,6 +127,13 @@ def test_ranks_make_what_one_process_makes(tmp_path, fake, capsys):
     assert verify(str(tmp_path / "out")) == []
 
 
+def test_a_rank_says_what_comes_after_it(tmp_path, fake, capsys):
+    words = ["embed", str(make_pictures(tmp_path / "in", 4)), str(tmp_path / "out"), "--devices", "cpu"]
+    assert main([*words, "--rank", "1", "--world", "2"]) == 0
+    told = capsys.readouterr()
+    assert "in 0 shards of rank 1 of 2" in told.out and f"clip-index finalize {tmp_path / 'out'}" in told.out + told.err
+
+
 def test_finalize_names_what_is_missing(tmp_path, fake, capsys):
     source = make_pictures(tmp_path / "in", 60)
     run(source, tmp_path / "out", rank=1, world=3)
