@@ -13,7 +13,7 @@ from clip_index import storage
 from clip_index.console import quote
 from clip_index.query import show
 
-QUERIES = ("something to eat", "a musical instrument", "a musical instrument - guitar")
+QUERIES = ("a dog", "a musical instrument", "a musical instrument - guitar")
 _SHOWN = 3
 _ON_SHEET = 8
 
