@@ -178,7 +178,11 @@ def _rows_of(metadata: Metadata, keys: Sequence[str]) -> np.ndarray:
     if not len(keys):
         return np.empty(0, np.int64)
     wanted = pa.array(list(keys), pa.string())
-    held = metadata.table()["key"]
+    # embeddings of other programs have no keys: a hit's key is the first of these that there is
+    names = [name for name in ("key", "image_path") if name in metadata.names]
+    if not names:
+        raise UsageError("the rows of this index have no keys: delete them by number or by a condition")
+    held = metadata.table()[names[0]]
     absent = wanted.filter(pc.invert(pc.is_in(wanted, value_set=held.combine_chunks())))
     if len(absent):
         others = f", nor {len(absent) - 1} more" if len(absent) > 1 else ""

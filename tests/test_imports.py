@@ -63,11 +63,14 @@ ROOMS = {
         late="encoders faiss PIL",
     ),
     "life": Room(
-        "copies duplicate_lists upkeep", top="types storage locations store index search numpy", late="pyarrow"
+        "copies duplicate_lists dumps upkeep",
+        top="types storage locations store index search numpy",
+        late="pyarrow lance qdrant_client",
     ),
     "show": Room("render terminal sheet thumbnails", top="types storage", late="preprocess PIL"),
     "cli": Room(
-        "__init__ __main__ cli build query filter dedup change convert export embed_report command arguments front_door "
+        "__init__ __main__ cli build query filter dedup dump change "
+        "convert export embed_report command arguments front_door "
         "console",
         top="_version",
         late="types storage store readers clip encoders gates embed index search life show demo fire",

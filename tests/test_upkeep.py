@@ -166,6 +166,23 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(tmp_path):
     assert verify_index(folder) == []
 
 
+def test_rows_of_other_programs_go_by_their_path(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for name in ("img_emb", "metadata"):
+        (tmp_path / "theirs" / name).mkdir(parents=True)
+    np.save(tmp_path / "theirs/img_emb/img_emb_0.npy", stored(ROWS["image"][:50]).astype(np.float16))
+    paths = pa.table({"image_path": [f"{row}.jpg" for row in range(50)]})
+    pq.write_table(paths, tmp_path / "theirs/metadata/metadata_0.parquet")
+    build_index(str(tmp_path / "theirs"), str(tmp_path / "i"))
+    upkeep.delete(str(tmp_path / "i"), keys=["7.jpg"])
+    hits = Searcher(str(tmp_path / "i")).search(vector=ROWS["image"][7], k=50)
+    assert len(hits) == 49 and "7.jpg" not in {hit.key for hit in hits}
+    upkeep.append(str(tmp_path / "i"), str(tmp_path / "theirs"))
+    assert Searcher(str(tmp_path / "i")).rows == 99
+
+
 def test_a_remote_index(tmp_path):
     make("memory://upkeep/i", 0, 100)
     make("memory://upkeep/more", 100, 150, build=False)
