@@ -95,9 +95,8 @@ def deep(searcher):
     return {"nprobe": 32, "rerank": COUNT} if searcher._folder.marker.search["image"] else {}
 
 
+@pytest.mark.parametrize("searcher", KEYS[:2], indirect=True)  # whose vectors are exact
 def test_dedup_fills_k_with_distinct_rows(searcher, vectors):
-    if searcher.approximate:
-        pytest.skip("whether two codes are copies depends on the codes")
     for query in random_rows(5, seed=4):
         hits = searcher.search(vector=query, k=12, dedup=0.99, where="width < 900", **deep(searcher))
         expected = []
@@ -108,9 +107,8 @@ def test_dedup_fills_k_with_distinct_rows(searcher, vectors):
         assert len({row % (COUNT // 2) for row in expected[:12]}) == 12
 
 
+@pytest.mark.parametrize("searcher", KEYS[:2], indirect=True)  # whose vectors are exact
 def test_all_that_is_distinct_is_less_than_k(searcher):
-    if searcher.approximate:
-        pytest.skip("whether two codes are copies depends on the codes")
     hits = searcher.search(vector=np.ones(16), k=50, dedup=0.99, where="key in ('key-1', 'key-1001', 'key-7')")
     assert {hit.row % 1000 for hit in hits} == {1, 7}
     assert len(hits) == 2
