@@ -27,7 +27,7 @@ def metadata_files(manifest: store.Manifest) -> list[str]:
 
 
 def write_metadata(folder: str, manifest: store.Manifest, target: str) -> None:
-    """Write the rows of all shards to a local Arrow file. Raises ClipIndexError where a shard's rows are not all there."""
+    """Write the rows of all shards to a local Arrow file. Raises ClipIndexError where a shard lacks rows."""
     write_tables(folder, metadata_files(manifest), [rows for rows in manifest.shard_rows if rows], target)
 
 
