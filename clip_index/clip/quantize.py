@@ -72,14 +72,14 @@ def quantize(path: str, inputs: Sequence[np.ndarray]) -> tuple[ModelProto, int, 
             for name in {x, matrix} - rounded:
                 if name == x:
                     made = _activation(x, *ranges[x][:2])
-                    nodes.append(helper.make_node("QuantizeLinear", [x, *made], [f"{x}_8"]))
-                    nodes.append(helper.make_node("DequantizeLinear", [f"{x}_8", *made], [f"{x}_rounded"]))
+                    nodes.append(helper.make_node("QuantizeLinear", [x, *made], [f"{x}.uint8"]))
+                    nodes.append(helper.make_node("DequantizeLinear", [f"{x}.uint8", *made], [f"{x}.float"]))
                 else:
                     made = _columns(matrix, numpy_helper.to_array(matrices[matrix], folder))
-                    nodes.append(helper.make_node("DequantizeLinear", [*made], [f"{matrix}_rounded"], axis=1))
+                    nodes.append(helper.make_node("DequantizeLinear", [*made], [f"{matrix}.float"], axis=1))
                 constants |= made
             rounded |= {x, matrix}
-            node.input[:] = [f"{x}_rounded", f"{matrix}_rounded"]
+            node.input[:] = [f"{x}.float", f"{matrix}.float"]
         nodes.append(node)
     _replace(graph.node, nodes)
     used = {name for node in nodes for name in node.input}
@@ -129,16 +129,16 @@ def _fits(least: float, largest: float, magnitude: float) -> bool:
 
 def _activation(name: str, least: float, largest: float) -> dict[str, np.generic]:
     step = (largest - least) / 255
-    return {f"{name}_scale": np.float32(step), f"{name}_zero": np.uint8(round(-least / step))}
+    return {f"{name}.scale": np.float32(step), f"{name}.zero": np.uint8(round(-least / step))}
 
 
 def _columns(name: str, matrix: np.ndarray) -> dict[str, np.ndarray]:
     """A matrix [k, n] in int8, with the scale and the zero of each column."""
     step = np.maximum(np.abs(matrix).max(axis=0), 1e-12) / 127
     return {
-        f"{name}_8": np.rint(matrix / step).astype(np.int8),
-        f"{name}_scale": step.astype(np.float32),
-        f"{name}_zero": np.zeros(len(step), np.int8),
+        f"{name}.int8": np.rint(matrix / step).astype(np.int8),
+        f"{name}.scale": step.astype(np.float32),
+        f"{name}.zero": np.zeros(len(step), np.int8),
     }
 
 

@@ -1,0 +1,61 @@
+"""The parts of the benchmarks that can be wrong without anyone seeing it in a figure."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+import embed_vs_clip_retrieval as peer  # noqa: E402
+
+
+def write(folder, part, column, names, vectors):
+    for kind in ("img", "text"):
+        (folder / f"{kind}_emb").mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{kind}_emb" / f"{kind}_emb_{part}.npy", np.float16(vectors))
+    (folder / "metadata").mkdir(exist_ok=True)
+    pq.write_table(pa.table({column: names}), folder / "metadata" / f"metadata_{part}.parquet")
+
+
+def test_rows_are_matched_by_the_names_of_their_samples(tmp_path):
+    write(tmp_path / "ours", "00000", "key", ["a/1", "a/2"], [[1, 0], [0, 1]])
+    write(tmp_path / "ours", "00001", "key", ["b/3"], [[0.6, 0.8]])
+    write(tmp_path / "theirs", "0", "image_path", ["3", "1", "2"], [[0.6, 0.8], [2, 0], [0.6, 0.8]])
+    mean, least, other = peer.compare(tmp_path / "ours", tmp_path / "theirs", "img", 3)
+    # 1 and 1, 2 and a vector 0.8 away, 3 and 3; the next ones: (0, 1) to (1, 0), (0.6, 0.8) to itself
+    assert (mean, least, other) == pytest.approx(((1 + 0.8 + 1) / 3, 0.8, 0.5), abs=1e-3)
+
+
+def test_missing_samples_are_no_agreement(tmp_path):
+    write(tmp_path / "ours", "00000", "key", ["1"], [[1, 0]])
+    write(tmp_path / "theirs", "0", "image_path", ["2"], [[1, 0]])
+    with pytest.raises(SystemExit, match="other samples"):
+        peer.compare(tmp_path / "ours", tmp_path / "theirs", "img", 1)
+
+
+def test_all_pairs_are_dealt_to_the_tars(tmp_path, monkeypatch):
+    monkeypatch.setattr("embed.picture", lambda rng: b"picture")
+    peer.make_tars(tmp_path, 6)
+    found = []
+    for path in sorted(tmp_path.iterdir()):
+        with tarfile.open(path) as tar:
+            found.append(tar.getnames())
+    assert [len(names) for names in found] == [4, 2, 4, 2]
+    assert [name for names in found for name in names] == [
+        f"{i:09d}.{kind}" for i in range(6) for kind in ("jpg", "txt")
+    ]
+
+
+def test_without_a_gpu_nothing_is_measured():
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run([sys.executable, BENCHMARKS / "gpu.py"], capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "no CUDA device here: not measured\n", "")
