@@ -120,10 +120,13 @@ def _openvino(device: str) -> tuple[Callable[[str], Tower], torch.device]:
     if where.type != "cpu":
         raise UsageError("OpenVINO runs on the CPU here: take onnx: for a CUDA device")
     # Exactly what was exported: on some CPUs it would turn float32 into bfloat16 by itself.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    # As many callers at once as torch's number of threads leaves room for.
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    streams = max(1, available // torch.get_num_threads())
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": streams}
 
     def open_tower(path: str) -> Tower:
-        model = library.Core().compile_model(path, "CPU", settings | {"PERFORMANCE_HINT": "LATENCY"})
+        model = library.Core().compile_model(path, "CPU", settings)
         requests = threading.local()  # a request serves one thread
 
         def run(block: np.ndarray) -> np.ndarray:
