@@ -61,7 +61,7 @@ def done(output: Path) -> int:
     return len(list(output.glob("done/*.json")))
 
 
-def wait_until(moment, seconds: float = 60) -> None:
+def wait_until(moment, seconds: float = 180) -> None:
     deadline = time.monotonic() + seconds
     while not moment():
         assert time.monotonic() < deadline, "it did not come"
