@@ -102,7 +102,10 @@ def exact_pixels(preprocess: Preprocess, data: bytes) -> np.ndarray:
     from PIL import Image
 
     picture = _open(data)
-    picture = picture.resize(preprocess.resized(*picture.size), Image.Resampling[preprocess.interpolation.upper()])
+    width, height = preprocess.resized(*picture.size)
+    # Pass by pass, as Pillow did until 13, which begins with the axis that is cheaper: it clips in between.
+    for size in ((width, picture.height), (width, height)):
+        picture = picture.resize(size, Image.Resampling[preprocess.interpolation.upper()])
     square = Image.new("RGB", (preprocess.size, preprocess.size), (preprocess.fill,) * 3)
     halve = round if preprocess.crop_offset == "round" else math.floor
     spare = [side - preprocess.size for side in picture.size]

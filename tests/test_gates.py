@@ -98,3 +98,13 @@ def test_exact_pixels_are_those_of_a_crop_and_of_a_frame():
 def test_a_sample_picture_becomes_a_large_jpeg():
     with Image.open(io.BytesIO(gates.camera_jpeg(png(np.zeros((30, 40, 3), np.uint8))))) as picture:
         assert (picture.format, picture.size) == ("JPEG", (1024, 768))
+
+
+def test_exact_pixels_are_scaled_along_the_rows_first():
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 2, (90, 40, 3), dtype=np.uint8) * 255
+    image = Image.fromarray(pixels)
+    rows_first = image.resize((32, 90), Image.Resampling.BICUBIC).resize((32, 32), Image.Resampling.BICUBIC)
+    columns_first = image.resize((40, 32), Image.Resampling.BICUBIC).resize((32, 32), Image.Resampling.BICUBIC)
+    assert not np.array_equal(rows_first, columns_first)
+    assert np.array_equal(gates.exact_pixels(Preprocess(size=32, resize_mode="squash"), png(pixels)), rows_first)
