@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clip_index import autofaiss_compat, two_stage
+from clip_index import autofaiss_compat, two_stage_build
 from clip_index.steps import Steps
 from clip_index.types import ClipIndexError
 from clip_index.vectors import Vectors
@@ -30,7 +30,7 @@ def choose(rows: int, engine: str, index_key: str | None) -> tuple[str, str | No
         return engine, index_key
     if engine == "autofaiss":
         return "autofaiss", None
-    return "faiss", EXACT_KEY if rows < EXACT_ROWS else f"IVF{two_stage.lists_for(rows)},RaBitQ"
+    return "faiss", EXACT_KEY if rows < EXACT_ROWS else f"IVF{two_stage_build.lists_for(rows)},RaBitQ"
 
 
 def is_two_stage(engine: str, key: str | None) -> bool:
@@ -64,7 +64,7 @@ def make(
         try:
             if found := _TWO_STAGE.fullmatch(key):
                 lists = min(int(found[1]), vectors.rows)
-                built = two_stage.build(vectors, path, lists, memory, steps, like)
+                built = two_stage_build.build(vectors, path, lists, memory, steps, like)
             else:
                 built = _with_faiss(vectors, key, steps)
         except RuntimeError as error:

@@ -32,7 +32,8 @@ from clip_index.report import below_target, infos
 from clip_index.source import Source, open_source
 from clip_index.speed import measure_cold
 from clip_index.steps import Steps
-from clip_index.two_stage import ROWS, VECTORS, TwoStage, index_bytes
+from clip_index.two_stage import ROWS, VECTORS, TwoStage
+from clip_index.two_stage_build import index_bytes
 from clip_index.types import ClipIndexError, UsageError
 from clip_index.vectors import Vectors
 

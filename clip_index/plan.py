@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_index import families, partition, two_stage
+from clip_index import families, partition, two_stage_build
 from clip_index.types import UsageError
 
 _USABLE = 0.8  # of the memory: the rest is for what is not the index
@@ -56,11 +56,11 @@ def plan(rows: int, dim: int, memory: int, rates: Rates | None = None) -> dict[s
     each = math.ceil(rows / parts)
     engine, key = families.choose(each, "auto", None)
     exact = not families.is_two_stage(engine, key)
-    lists = 0 if exact else two_stage.lists_for(each)
-    sample = two_stage.SAMPLE_PER_LIST * lists
+    lists = 0 if exact else two_stage_build.lists_for(each)
+    sample = two_stage_build.SAMPLE_PER_LIST * lists
     steps = _seconds(each, dim, lists, rates)
-    resident = 2 * dim * each if exact else two_stage.index_bytes(each, dim, lists) - 12 * each
-    disk = 2 * dim * each if exact else two_stage.index_bytes(each, dim, lists) + 2 * dim * each
+    resident = 2 * dim * each if exact else two_stage_build.index_bytes(each, dim, lists) - 12 * each
+    disk = 2 * dim * each if exact else two_stage_build.index_bytes(each, dim, lists) + 2 * dim * each
     return {
         "rows": rows,
         "dim": dim,
@@ -83,20 +83,20 @@ def plan(rows: int, dim: int, memory: int, rates: Rates | None = None) -> dict[s
 def _build_bytes(rows: int, dim: int) -> int:
     if rows < families.EXACT_ROWS:
         return 2 * dim * rows
-    lists = two_stage.lists_for(rows)
+    lists = two_stage_build.lists_for(rows)
     # the sample, its rotated copy, and what k-means keeps of it
-    return two_stage.index_bytes(rows, dim, lists) + 3 * 4 * dim * two_stage.SAMPLE_PER_LIST * lists
+    return two_stage_build.index_bytes(rows, dim, lists) + 3 * 4 * dim * two_stage_build.SAMPLE_PER_LIST * lists
 
 
 def _seconds(rows: int, dim: int, lists: int, rates: Rates) -> dict[str, float]:
     measured = 2.0 * _QUERIES * rows * dim / rates.flops
     if not lists:
         return {"write": 2 * dim * rows / rates.written, "measure": measured}
-    sample, groups = two_stage.SAMPLE_PER_LIST * lists, partition.group_count(lists)
+    sample, groups = two_stage_build.SAMPLE_PER_LIST * lists, partition.group_count(lists)
     compared = partition.compared(lists)
     train = sample * (dim + groups + 6 * lists / groups + 3 * compared) + 4 * 10 * lists * groups
     add = rows * (dim + compared)
-    written = rows * (2 * dim + two_stage.code_bytes(dim) + 12)
+    written = rows * (2 * dim + two_stage_build.code_bytes(dim) + 12)
     return {
         "train": 2.0 * dim * train / rates.flops,
         "add": 2.0 * dim * add / rates.flops + rows * dim / rates.encoded,

@@ -17,7 +17,7 @@ from clip_index.opened import open_index
 from clip_index.points import Point
 from clip_index.report import format_report
 from clip_index.search import Searcher
-from clip_index.two_stage import lists_for
+from clip_index.two_stage_build import lists_for
 from clip_index.types import ClipIndexError, UsageError, normalize
 
 ROWS, DIM, LISTS = 3000, 32, 16
