@@ -1,29 +1,28 @@
 """Search an index with a text, a picture, a vector, or an expression of them.
 
 1. `IndexFolder` checks the files against their marker; the index and the metadata are memory-mapped, not read.
-2. The encoder of the index, and only the tower that a query needs, is loaded at the first query that needs it.
-3. A query becomes one unit vector; the index finds its neighbours, looking as far as queries of its kind need; the
-   metadata rows of the hits are fetched.
+2. A query becomes one unit vector (`clip_index.query_vectors`).
+3. The index finds its neighbours, looking as far as queries of its kind need; the metadata rows of the hits are
+   fetched.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clip_index import expression, storage
-from clip_index.given_image import image_bytes, image_name
+from clip_index import storage
 from clip_index.index_folder import IndexFolder
 from clip_index.locations import find_index
 from clip_index.narrow import live_rows, nearest_rows, rows_above
 from clip_index.opened import Opened, open_index
 from clip_index.points import Point, widest
+from clip_index.query_vectors import QueryVectors
 from clip_index.selection import Selection
-from clip_index.types import MODALITIES, ClipIndexError, Encoder, Hit, SampleError, UsageError, normalize
+from clip_index.types import MODALITIES, ClipIndexError, Hit, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,10 +40,9 @@ class Searcher:
     def __init__(self, index: str | None = None, *, device: str = "auto"):
         self._folder = IndexFolder(find_index(index))
         self.path = self._folder.folder
-        self._device = device
-        self._lock = threading.RLock()
+        self._queries = QueryVectors(self._folder.marker.config, self.path, device)
+        self._lock = threading.Lock()
         self._indices: dict[str, Opened] = {}
-        self._encoders: dict[str, Encoder] = {}
         self._metadata = self._open_metadata()
         self._live = live_rows(self._folder)
         self.modalities = self._folder.marker.config.modalities
@@ -75,7 +73,7 @@ class Searcher:
         ClipIndexError.
         """
         modality = self._modality(modality)
-        combined, kind = self._combined(query, text, image, vector)
+        combined, kind = self._queries.combined(query, text, image, vector)
         options = {"nprobe": nprobe, "rerank": rerank, "where": where, "dedup": dedup, "embeddings": embeddings}
         return self.nearest(combined[None], k=k, modality=modality, kind=kind, **options)[0]
 
@@ -95,30 +93,10 @@ class Searcher:
         Every row is compared exactly. Raises UsageError or ClipIndexError, also for an index without exact vectors.
         """
         opened = self._index(self._modality(modality))
-        wanted, _ = self._combined(query, text, image, vector)
+        wanted, _ = self._queries.combined(query, text, image, vector)
         scores, rows = rows_above(opened, wanted, threshold, self._allowed(where))
         columns = self._metadata.take(rows)
         return [self._hit(*each) for each in zip(rows.tolist(), scores.tolist(), columns, strict=True)]
-
-    def _combined(self, query: Any, text: Any, image: Any, vector: Any) -> tuple[np.ndarray, str | None]:
-        """(the unit vector float32 [dim] of all that is given, what it was made from if that is one thing)."""
-        wanted, kinds = [], set()
-        if vector is not None:
-            wanted.append(self._check_vector(vector))
-            kinds.add(None)
-        if image is not None:
-            wanted.append(self.encode_images([image])[0])
-            kinds.add("image")
-        if query is not None:
-            wanted.append(self.vector_of(query))
-            kinds |= {term.kind for term in expression.parse(query)}
-        if text is not None:
-            wanted.append(self.encode_texts([text])[0])
-            kinds.add("text")
-        if not wanted:
-            raise UsageError("search needs a query, a text, an image or a vector")
-        combined = expression.combine([1.0] * len(wanted), np.stack(wanted))
-        return combined, kinds.pop() if len(kinds) == 1 else None
 
     def search_many(
         self,
@@ -146,7 +124,7 @@ class Searcher:
         elif images is not None:
             parts = [self.encode_images(images[at : at + _BATCH]) for at in range(0, len(images), _BATCH)]
         else:
-            parts = [self._check_vector(vector)[None] for vector in vectors]
+            parts = [self._queries.given(vector)[None] for vector in vectors]
         if not parts:
             return []
         options = {"nprobe": nprobe, "rerank": rerank, "where": where, "dedup": dedup, "embeddings": embeddings}
@@ -195,30 +173,15 @@ class Searcher:
 
     def vector_of(self, query: str) -> np.ndarray:
         """The unit vector float32 [dim] of an expression."""
-        terms = expression.parse(query)
-        vectors = np.empty((len(terms), self.dim), np.float32)
-        # pictures first: a missing file is found before a model is loaded
-        for kind, encode in (("image", self.encode_images), ("text", self.encode_texts)):
-            places = [place for place, term in enumerate(terms) if term.kind == kind]
-            if places:
-                vectors[places] = encode([terms[place].value for place in places])
-        return expression.combine([term.weight for term in terms], vectors)
+        return self._queries.of_expression(query)
 
     def encode_texts(self, texts: list[str]) -> np.ndarray:
         """Unit rows float32 [n, dim] of texts."""
-        return self._encoder("text").encode_text(texts)
+        return self._queries.of_texts(texts)
 
     def encode_images(self, images: Sequence[str | bytes | Image]) -> np.ndarray:
         """Unit rows float32 [n, dim] of pictures: paths, URLs, bytes or PIL images. Raises ClipIndexError."""
-        contents = [image_bytes(image) for image in images]
-        encoder = self._encoder("image")
-        pixels = []
-        for image, data in zip(images, contents, strict=True):
-            try:
-                pixels.append(encoder.preprocess(data)[0])
-            except SampleError as error:
-                raise ClipIndexError(f"{image_name(image)} is not a picture to search with: {error}") from error
-        return encoder.encode_image(np.stack(pixels))
+        return self._queries.of_images(images)
 
     def _modality(self, modality: str | None) -> str:
         held = self._folder.marker.config.modalities
@@ -250,15 +213,6 @@ class Searcher:
         matching = Selection(matching_rows(self._metadata, where))
         return matching if self._live is None else matching & self._live
 
-    def _check_vector(self, vector: Any) -> np.ndarray:
-        wanted = np.asarray(vector, np.float32)
-        if wanted.shape != (self.dim,):
-            raise UsageError(f"the vector has shape {wanted.shape}, the index holds vectors of {self.dim} dimensions")
-        wanted = normalize(wanted[None])[0]
-        if not np.isfinite(wanted).all():
-            raise UsageError("the vector is zero or not finite")
-        return wanted
-
     def _hit(self, row: int, score: float, columns: dict[str, Any]) -> Hit:
         key = columns.pop("key", None) or columns.get("image_path") or str(row)
         # float16 rows are of unit length within 1e-3, no closer
@@ -282,27 +236,6 @@ class Searcher:
                     raise ClipIndexError(f"{path} does not have the rows that its marker says: build the index again")
                 self._indices[modality] = opened
             return self._indices[modality]
-
-    def _encoder(self, tower: str) -> Encoder:
-        with self._lock:
-            if tower not in self._encoders:
-                from clip_index.encoders import load_encoder
-
-                config = self._folder.marker.config
-                if not config.encoder:
-                    raise UsageError(f"{self.path} names no model: search it with vectors, or build it with --model")
-                encoder = load_encoder(config.encoder, device=self._device, towers=(tower,))
-                here = dataclasses.replace(config, dim=encoder.dim)
-                if config.fingerprint:  # embeddings of other programs do not say
-                    preprocess = encoder.preprocess.describe() if tower == "image" else config.preprocess
-                    here = dataclasses.replace(here, fingerprint=encoder.fingerprint, preprocess=preprocess)
-                if differences := config.differences(here):
-                    raise ClipIndexError(
-                        f"the index was made with another {config.encoder} ({'; '.join(differences)}): "
-                        f"bring that model back, or embed and build again"
-                    )
-                self._encoders[tower] = encoder
-            return self._encoders[tower]
 
 
 def _check_count(name: str, value: Any) -> None:

@@ -58,7 +58,7 @@ ROOMS = {
         late="faiss autofaiss embedding_reader pyarrow duckdb",
     ),
     "search": Room(
-        "search expression given_image distinct narrow",
+        "search query_vectors expression given_image distinct narrow",
         top="types storage locations store index numpy",
         late="encoders faiss PIL",
     ),
