@@ -23,7 +23,7 @@ from clip_index.types import MODALITIES
 from clip_index.vectors import Vectors
 
 _KS = (1, 10, 100)
-_MARGIN = 0.2  # aim that share of what is left to 1 higher: the other half of the queries may be harder
+_MARGIN = 0.3  # aim that share of what is left to 1 higher: the other half of the queries may be harder
 _MORE_STEPS = 2  # with more lists fewer candidates may do
 
 
@@ -38,7 +38,7 @@ def measure(
     if isinstance(opened, TwoStage):
         with steps.timed("tune"):
             for queries, truth in zip(held_out, truths, strict=True):
-                chosen[queries.kind] = _tune(opened, *_half(queries, truth, 0), target)
+                chosen[queries.kind] = _tune(opened, vectors, *_half(queries, truth, 0), target)
         widest = points.widest(chosen.values()) if chosen else Point(min(128, opened.lists), points.DEEPEST)
         chosen = {kind: chosen.get(kind, widest) for kind in MODALITIES}
         part["points"] = {kind: asdict(point) for kind, point in chosen.items()}
@@ -81,16 +81,20 @@ def _half(
     return Queries(queries.kind, queries.vectors[part], own), (truth[0][part], truth[1][part])
 
 
-def _tune(opened: TwoStage, queries: Queries, truth: tuple[np.ndarray, np.ndarray], target: float) -> Point:
+def _tune(
+    opened: TwoStage, vectors: Vectors, queries: Queries, truth: tuple[np.ndarray, np.ndarray], target: float
+) -> Point:
     scores, rows = truth
     good, aim = recall.reaching(scores, 10), target + _MARGIN * (1 - target)
     measured, more = [], _MORE_STEPS
     for nprobe in points.grid(opened.lists):
         wanted = min(opened.rows, points.DEEPEST + 1)
-        found = opened.coarse(queries.vectors, wanted, Point(nprobe, wanted))[1]
-        reached = points.found_at(recall.without_own(found, queries.own, points.DEEPEST), rows, good, 10)
-        measured += [(Point(nprobe, depth), mean) for depth, mean in reached.items()]
-        if max(reached.values()) >= aim:
+        estimates, found = opened.coarse(queries.vectors, wanted, Point(nprobe, wanted))
+        found, estimates = recall.without_own(found, queries.own, points.DEEPEST, estimates)
+        exact = recall.scores_of(vectors, queries.vectors, found[:, : points.FIRST])
+        tried = points.outcomes(estimates, exact, found, rows, good, 10)
+        measured += [(Point(nprobe, depth, margin), reached, compared) for depth, margin, reached, compared in tried]
+        if max(reached for _, _, reached, _ in tried) >= aim:
             more -= 1
             if more < 0:
                 break

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -58,12 +59,13 @@ def best(scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.n
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
 
-def without_own(rows: np.ndarray, own: np.ndarray | None, k: int) -> np.ndarray:
-    """The first k columns of rows [n, more than k] once each query's own row is taken out."""
-    if own is None:
-        return rows[:, :k]
-    order = np.argsort(rows == own[:, None], axis=1, kind="stable")
-    return np.take_along_axis(rows, order, 1)[:, :k]
+def without_own(rows: np.ndarray, own: np.ndarray | None, k: int, *beside: np.ndarray) -> Any:
+    """The first k columns of rows [n, more than k] once each query's own row is taken out, and of arrays beside it."""
+    arrays = (rows, *beside)
+    if own is not None:
+        order = np.argsort(rows == own[:, None], axis=1, kind="stable")
+        arrays = tuple(np.take_along_axis(array, order, 1) for array in arrays)
+    return tuple(array[:, :k] for array in arrays) if beside else arrays[0][:, :k]
 
 
 def scores_of(vectors: Vectors, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:

@@ -203,7 +203,7 @@ class Searcher:
         if not points:
             return None
         point = points[kind] if kind else widest(points.values())
-        return Point(nprobe or point.nprobe, rerank or point.rerank)
+        return Point(nprobe or point.nprobe, rerank or point.rerank, None if rerank else point.margin)
 
     def _allowed(self, where: str | None) -> Selection | None:
         if where is None:

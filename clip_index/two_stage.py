@@ -14,12 +14,15 @@ RaBitQ: Gao and Long, arXiv 2405.12497.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from clip_index.points import Point
+from clip_index.points import FIRST, Point
 from clip_index.types import ClipIndexError
 
 VECTORS, ROWS = "vectors.npy", "rows.npy"
@@ -50,7 +53,6 @@ class TwoStage:
         self._vectors, self._rows = np.load(vectors, mmap_mode="r"), np.load(rows, mmap_mode="r")
         if self._vectors.shape != (self.rows, self.dim) or self._rows.shape != (self.rows,):
             raise ClipIndexError(f"{vectors} does not have the rows of its index: build the index again")
-        self._half = faiss.IndexScalarQuantizer(self.dim, faiss.ScalarQuantizer.QT_fp16)  # converts, holds nothing
         self._places: np.ndarray | None = None
         self._lock = threading.Lock()
 
@@ -61,11 +63,11 @@ class TwoStage:
 
         Of the rows that a faiss IDSelector lets through, where there is one. `widen` times as many lists are looked at.
         """
-        point = Point(int(min(self.lists, point.nprobe * widen)), point.rerank)
+        point = replace(point, nprobe=int(min(self.lists, point.nprobe * widen)))
         scores, places = self._ranked(queries, k, point, selector)
         short = np.flatnonzero(places[:, min(k, self.rows) - 1] < 0)
         if len(short):  # the lists that were looked at hold fewer than k rows
-            everywhere = Point(self.lists, point.rerank)
+            everywhere = replace(point, nprobe=self.lists)
             scores[short], places[short] = self._ranked(queries[short], k, everywhere, selector)
         return scores, self._row_of(places)
 
@@ -87,30 +89,37 @@ class TwoStage:
         return self._places[rows]
 
     def _ranked(self, queries: np.ndarray, k: int, point: Point, selector: Any = None) -> tuple[np.ndarray, np.ndarray]:
-        wanted = min(self.rows, max(point.rerank, 2 * k))
+        wanted, first = min(self.rows, max(point.rerank, 2 * k)), max(FIRST, 2 * k)
         scores = np.full((len(queries), k), -np.inf, np.float32)
         places = np.full((len(queries), k), -1, np.int64)
         queries = np.ascontiguousarray(queries, np.float32)
 
         def rank(start: int) -> None:
             part = slice(start, start + _BATCH)
-            candidates = self._candidates(queries[part], wanted, point.nprobe, selector)[1]
-            for at, found in enumerate(candidates, start):
-                found = np.sort(found[found >= 0])  # near each other on disk
-                exact = self._exact(found, queries[at])
-                best = np.argpartition(-exact, k)[:k] if len(exact) > k else np.arange(len(exact))
-                best = best[np.argsort(-exact[best], kind="stable")]
-                scores[at, : len(best)], places[at, : len(best)] = exact[best], found[best]
+            estimates, candidates = self._candidates(queries[part], wanted, point.nprobe, selector)
+            with _one_thread():  # faiss would start more for each query, which wait for each other on a busy machine
+                for at, (found, estimate) in enumerate(zip(candidates, estimates, strict=True), start):
+                    found = found[found >= 0]
+                    exact, best = self._best(found if point.margin is None else found[:first], queries[at], k)
+                    if point.margin is not None and len(found) > first:
+                        end = np.searchsorted(-estimate[: len(found)], point.margin - exact[-1], "right")
+                        more = self._best(found[first:end], queries[at], k)
+                        exact, best = np.concatenate([exact, more[0]]), np.concatenate([best, more[1]])
+                    order = np.lexsort((best, -exact))[:k]
+                    scores[at, : len(order)], places[at, : len(order)] = exact[order], best[order]
 
         starts = range(0, len(queries), _BATCH)
-        if len(starts) == 1:
+        if len(queries) == 1:
+            with _one_thread():
+                rank(0)
+        elif len(starts) == 1:
             rank(0)
         else:
             import faiss
 
             def alone(start: int) -> None:
-                faiss.omp_set_num_threads(1)  # of this thread alone
-                rank(start)
+                with _one_thread():
+                    rank(start)
 
             with ThreadPoolExecutor(max(1, faiss.omp_get_max_threads())) as pool:
                 list(pool.map(alone, starts))
@@ -139,16 +148,30 @@ class TwoStage:
         self._inverted.search_preassigned_c(len(turned), faiss.swig_ptr(turned), k, *pointers, True, options)
         return scores, np.where(pairs < 0, -1, self._starts[np.maximum(pairs, 0) >> 32] + (pairs & 0xFFFFFFFF))
 
-    def _exact(self, places: np.ndarray, query: np.ndarray) -> np.ndarray:
+    def _best(self, places: np.ndarray, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """(exact scores, places) of the best k among places, or of all where there are fewer."""
         import faiss
 
-        exact = np.empty(len(places), np.float32)
-        if len(places):
-            rows = self._half.sa_decode(np.take(self._vectors, places, axis=0).view(np.uint8))
-            # numpy's product would start threads for so little, which wait for each other on a busy machine
-            pointers = (faiss.swig_ptr(array) for array in (exact, query, rows))
-            faiss.fvec_inner_products_ny(*pointers, self.dim, len(rows))
-        return exact
+        if not len(places):
+            return np.empty(0, np.float32), places
+        places = np.sort(places)  # near each other on disk
+        rows = faiss.IndexScalarQuantizer(self.dim, faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        rows.add_sa_codes(np.take(self._vectors, places, axis=0).view(np.uint8))
+        scores, at = rows.search(query[None], min(k, len(places)))
+        return scores[0], places[at[0]]
 
     def _row_of(self, places: np.ndarray) -> np.ndarray:
         return np.where(places < 0, -1, self._rows[np.maximum(places, 0)].astype(np.int64))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep faiss from starting threads; the setting belongs to the calling thread alone."""
+    import faiss
+
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

@@ -14,7 +14,7 @@ from embedding_fakes import brute_force, make_embeddings, stored
 from clip_index.index import build_index, verify_index
 from clip_index.index_folder import IndexFolder
 from clip_index.opened import open_index
-from clip_index.points import Point
+from clip_index.points import FIRST, Point
 from clip_index.report import format_report
 from clip_index.search import Searcher
 from clip_index.two_stage_build import lists_for
@@ -69,6 +69,26 @@ def test_looking_everywhere_is_exact_search(made, vectors, modality):
     expected_scores, expected_rows = flat.search(queries, 10)
     np.testing.assert_array_equal(rows, expected_rows)
     np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
+
+
+def test_a_margin_compares_a_part_of_the_candidates_and_a_wide_one_all(made, vectors, monkeypatch):
+    index, queries, compared = opened(made), clustered(30, 15), []
+    best = index._best
+    monkeypatch.setattr(index, "_best", lambda places, *args: compared.append(len(places)) or best(places, *args))
+
+    def search(margin):
+        compared.clear()
+        return index.search(queries, 10, Point(LISTS, ROWS, margin))[1], sum(compared) / len(queries)
+
+    everything, rows = search(None)
+    assert rows == ROWS
+    found, rows = search(10.0)
+    np.testing.assert_array_equal(found, everything)
+    assert rows == ROWS
+    assert search(-10.0)[1] == FIRST
+    found, rows = search(0.2)
+    assert FIRST < rows < ROWS / 2
+    assert np.mean([len(set(a) & set(b)) for a, b in zip(found, everything, strict=True)]) > 9.7
 
 
 def test_recall_against_flat_at_the_chosen_points(made, vectors):
@@ -186,8 +206,24 @@ def test_many_vectors_at_once(made):
 
 def test_too_little_memory_is_refused_before_any_work(made, tmp_path, vectors):
     make_embeddings(tmp_path / "e", {"image": vectors["image"]})
-    with pytest.raises(ClipIndexError, match=r"more than the 0\.0 GB of --memory"):
-        build_index(str(tmp_path / "e"), str(tmp_path / "i"), index_key=KEY, memory="1M")
+    with pytest.raises(ClipIndexError, match=r"take 0\.46 MB to build, more than the 0\.41 MB of --memory: give more"):
+        build_index(str(tmp_path / "e"), str(tmp_path / "i"), index_key=KEY, memory="400K")
+    assert not (tmp_path / "i/clip_index.json").exists()
+
+
+def test_memory_that_the_codes_exceed(tmp_path, monkeypatch):
+    monkeypatch.setattr(two_stage_build, "_LEAST_BLOCK_ROWS", 64)
+    rows, dim, memory = 20_000, 64, 400 << 10
+    assert rows * (dim // 8 + 8 + 8) > memory  # codes with their row numbers
+    vectors = random_rows(rows, dim)
+    make_embeddings(tmp_path / "e", {"image": vectors})
+    folder = str(tmp_path / "i")
+    build_index(str(tmp_path / "e"), folder, index_key=KEY, memory=memory, queries=20)
+    for _ in range(2):
+        queries = random_rows(20, dim, seed=1)
+        found = open_index(IndexFolder(folder), "image").search(queries, 10, Point(LISTS, rows))[1]
+        np.testing.assert_array_equal(found, brute_force(stored(vectors), queries, 10))
+        folder, parts = str(tmp_path / "merged"), [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
 def test_damage_beside_the_index_is_found(tmp_path, vectors):
