@@ -4,8 +4,9 @@
     python benchmarks/simulate.py --check
 
 Prints hours, the share of the time that GPUs stood idle, and the share of the work that was lost, for 1 to 1,024 GPUs:
-once with workers that take the next shard when they have room (`--devices`, Spark), once with every world-th shard
-(ranks). Some GPUs are slower than others, each is preempted now and then and comes back after a while, and storage
+with workers that take the next shard when they have room (`--devices`, Spark), with every world-th shard (a rank a
+GPU), and with ten times as many ranks as GPUs, of which a scheduler starts the next one when one has ended (a Slurm
+array with `%`, a Kubernetes job of more completions than it runs at once). A rank takes a while to start. Some GPUs are slower than others, each is preempted now and then and comes back after a while, and storage
 gives no more than so many bytes a second to all of them together.
 
 `--check` runs two worker processes of the package on tasks that take a known time, one worker three times slower, and
@@ -37,6 +38,7 @@ class Cluster:
     slow_factor: float = 1.0
     preempted_every_s: float = float("inf")
     back_after_s: float = 0.0
+    start_s: float = 0.0
 
     def speeds(self) -> list[float]:
         """How many times longer than the fastest each GPU takes."""
@@ -53,21 +55,26 @@ class Outcome:
     lost: float
 
 
-def simulate(cluster: Cluster, shards: int, *, ranks: bool, seed: int = 0) -> Outcome:
-    """Shards one by one. A GPU that is preempted loses what it had of its shard, which is done again."""
+def simulate(cluster: Cluster, shards: int, *, ranks: int = 0, seed: int = 0) -> Outcome:
+    """Shards one by one, from one queue or split among so many ranks for each GPU.
+
+    A GPU that is preempted loses what it had of its shard, which is done again.
+    """
     rng = random.Random(seed)
     speeds = cluster.speeds()
     often = 1 / cluster.preempted_every_s
     fails = [rng.expovariate(often) if often else float("inf") for _ in speeds]
-    if ranks:
-        own = [deque(range(number, shards, cluster.gpus)) for number in range(cluster.gpus)]
-    else:
-        own = [deque(range(shards))] * cluster.gpus
-    free = [(0.0, number) for number in range(cluster.gpus)]
+    world = ranks * cluster.gpus
+    waiting = deque(deque(range(number, shards, world)) for number in range(world))
+    own = [waiting.popleft() if ranks else shared for shared in [deque(range(shards))] * cluster.gpus]
+    free = [(cluster.start_s, number) for number in range(cluster.gpus)]
     useful = lost = end = 0.0
     while free:
         now, gpu = heapq.heappop(free)
         if not own[gpu]:
+            if waiting:
+                own[gpu] = waiting.popleft()
+                heapq.heappush(free, (now + cluster.start_s, gpu))
             continue
         shard = own[gpu].popleft()
         needed = cluster.shard_s * speeds[gpu]
@@ -78,7 +85,7 @@ def simulate(cluster: Cluster, shards: int, *, ranks: bool, seed: int = 0) -> Ou
             continue
         lost += max(0.0, fails[gpu] - now)
         own[gpu].appendleft(shard)
-        back = max(now, fails[gpu]) + cluster.back_after_s
+        back = max(now, fails[gpu]) + cluster.back_after_s + cluster.start_s
         fails[gpu] = back + rng.expovariate(often)
         heapq.heappush(free, (back, gpu))
     total = end * cluster.gpus
@@ -111,7 +118,7 @@ def check(shards: int = 60, shard_s: float = 0.2) -> float:
         assert isinstance(done, int)
     measured = times[-1] - times[len(warm) - 1]
     cluster = Cluster(gpus=2, shard_s=shard_s, slow_share=0.5, slow_factor=3.0)
-    simulated = simulate(cluster, shards, ranks=False).seconds
+    simulated = simulate(cluster, shards).seconds
     print(f"{shards} shards, 2 workers, one 3x slower: measured {measured:.2f} s, simulated {simulated:.2f} s")
     return abs(simulated / measured - 1)
 
@@ -127,6 +134,7 @@ def main() -> int:
     parser.add_argument("--slow_factor", type=float, default=2.0, help="how many times longer they take")
     parser.add_argument("--hours_between_preemptions", type=float, default=24.0, help="of one GPU")
     parser.add_argument("--minutes_away", type=float, default=10.0, help="until a preempted GPU is back at work")
+    parser.add_argument("--seconds_to_start", type=float, default=30.0, help="of a rank, until its first batch")
     parser.add_argument("--check", action="store_true", help="compare with a run of two workers; status 1 above 15%%")
     options = parser.parse_args()
     if options.check:
@@ -138,16 +146,17 @@ def main() -> int:
         slow_factor=options.slow_factor,
         preempted_every_s=3600 * options.hours_between_preemptions,
         back_after_s=60 * options.minutes_away,
+        start_s=options.seconds_to_start,
     )
     shards = round(options.pairs / options.rows_per_shard)
     print(f"{shards:,} shards of {options.rows_per_shard:,.0f} pairs, {options.rate:,.0f} pairs/s a GPU")
-    print(f"{'GPUs':>6} | {'shared queue':^30} | {'ranks':^30}")
-    print(f"{'':>6} |" + f" {'hours':>10} {'idle':>8} {'lost':>8}  |" * 2)
+    print(f"{'GPUs':>6} |" + "".join(f" {name:^28}  |" for name in ("shared queue", "a rank a GPU", "ten ranks a GPU")))
+    print(f"{'':>6} |" + f" {'hours':>10} {'idle':>8} {'lost':>8}  |" * 3)
     for gpus in (1, 2, 8, 32, 128, 512, 1024):
         most = options.gigabytes_per_s * 1e9 / options.bytes_per_pair / gpus
         now = replace(cluster, gpus=gpus, shard_s=options.rows_per_shard / min(options.rate, most))
         line = f"{gpus:>6} |"
-        for ranks in (False, True):
+        for ranks in (0, 1, 10):
             told = simulate(now, shards, ranks=ranks)
             line += f" {told.seconds / 3600:>10.2f} {told.idle:>8.1%} {told.lost:>8.2%}  |"
         print(line + (" held back by storage" if most < options.rate else ""))
