@@ -6,8 +6,9 @@
 Prints hours, the share of the time that GPUs stood idle, and the share of the work that was lost, for 1 to 1,024 GPUs:
 with workers that take the next shard when they have room (`--devices`, Spark), with every world-th shard (a rank a
 GPU), and with ten times as many ranks as GPUs, of which a scheduler starts the next one when one has ended (a Slurm
-array with `%`, a Kubernetes job of more completions than it runs at once). A rank takes a while to start. Some GPUs are slower than others, each is preempted now and then and comes back after a while, and storage
-gives no more than so many bytes a second to all of them together.
+array with `%`, a Kubernetes job of more completions than it runs at once). A rank takes a while to start. Some GPUs
+are slower than others, each is preempted now and then and comes back after a while, and storage gives no more than so
+many bytes a second to all of them together.
 
 `--check` runs two worker processes of the package on tasks that take a known time, one worker three times slower, and
 compares the simulation with the clock.
