@@ -1,6 +1,6 @@
 """The main job's speed: `clip-index embed` with `mini` on 1,024 JPEGs of 1024x768 with captions, in one tar.
 
-    python benchmarks/embed.py [--pairs 1024] [--runs 3]
+    python benchmarks/embed.py [--pairs 1024] [--runs 3] [--decode fast]
 
 Prints, for each run and as a median, the rate once running, the seconds from process start to its end, and the peak
 memory of the process. The pictures are made here: random photographs-like textures, about 150 KB each.
@@ -56,10 +56,10 @@ def make_tar(path: Path, pairs: int) -> None:
     print(f"{pairs} pairs, {path.stat().st_size / pairs / 1024:.0f} KB each, {os.cpu_count()} cores")
 
 
-def measure(tar: Path, output: Path) -> dict[str, float]:
+def measure(tar: Path, output: Path, decode: str) -> dict[str, float]:
     """One run of the command, from process start."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "clip_index", "embed", str(tar), str(output), "--json"]
+    command = [sys.executable, "-m", "clip_index", "embed", str(tar), str(output), "--decode", decode, "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert process.stdout is not None
     summary = json.loads(process.stdout.read())
@@ -78,11 +78,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=1024)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--decode", choices=["exact", "fast"], default="exact")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tar = Path(folder, "00000.tar")
         make_tar(tar, arguments.pairs)
-        runs = [measure(tar, Path(folder, f"run{i}")) for i in range(arguments.runs)]
+        runs = [measure(tar, Path(folder, f"run{i}"), arguments.decode) for i in range(arguments.runs)]
     print(f"{'':12}" + "".join(f"{name:>14}" for name in runs[0]))
     for i, run in enumerate(runs, 1):
         print(f"{f'run {i}':12}" + "".join(f"{value:14.1f}" for value in run.values()))

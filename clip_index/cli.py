@@ -53,6 +53,7 @@ def embed(
     caption_column: str | None = None,
     devices: str = "auto",
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    decode: Literal["exact", "fast"] = "exact",
     batch_size: int = 32,
     rows_per_shard: int = 10_000,
     max_failure_rate: float = 0.5,
@@ -85,6 +86,7 @@ def embed(
         caption_column: the parquet column with captions
         devices: where the model runs, a worker each: cpu, cpu*4, cuda, cuda:0,cuda:1; auto takes every GPU
         precision: the number format that the model computes in
+        decode: fast shrinks large JPEGs while it decodes them; `clip-index models --check` says what it costs
         batch_size: samples that go through the model at once
         rows_per_shard: rows of a shard, where the input does not decide it
         max_failure_rate: stop when a larger share of the samples fails
@@ -109,6 +111,7 @@ def embed(
         "caption_column": caption_column,
         "devices": devices,
         "precision": precision,
+        "decode": decode,
         "batch_size": batch_size,
         "rows_per_shard": rows_per_shard,
         "update": update,

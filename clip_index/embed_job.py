@@ -53,7 +53,7 @@ class EmbedJob:
         if done is not None and done.inputs == task.digest and not (self.retry_failed and done.failed):
             report(done.rows, done.failed)
             return done
-        encoder = worker_encoder(self.config.encoder, self.device, self.config.precision)
+        encoder = self.encoder()
         threads = self.threads or cores()
         pool = worker_pool(threads)
         batches = chunks(self.reader.read(task), self.batch_size)
@@ -66,10 +66,17 @@ class EmbedJob:
                 report(len(rows), len(failures))
             return writer.commit()
 
+    def encoder(self) -> Encoder:
+        """What the configuration says, in this process."""
+        decode = self.config.preprocess.get("preset", "exact")
+        return worker_encoder(self.config.encoder, self.device, self.config.precision, decode)
 
-def describe(model: str, device: str, precision: str, modalities: tuple[str, ...]) -> store.EmbeddingConfig:
+
+def describe(
+    model: str, device: str, precision: str, modalities: tuple[str, ...], decode: str = "exact"
+) -> store.EmbeddingConfig:
     """What will decide the numbers, told by the encoder where it will run."""
-    encoder = worker_encoder(model, device, precision)
+    encoder = worker_encoder(model, device, precision, decode)
     return store.EmbeddingConfig(
         encoder=encoder.name,
         fingerprint=encoder.fingerprint,
@@ -83,17 +90,17 @@ def describe(model: str, device: str, precision: str, modalities: tuple[str, ...
 _loading = threading.Lock()
 
 
-def worker_encoder(name: str, device: str, precision: str) -> Encoder:
+def worker_encoder(name: str, device: str, precision: str, decode: str) -> Encoder:
     """The encoder of this process, loaded once."""
     with _loading:
-        return _load_once(name, device, precision)
+        return _load_once(name, device, precision, decode)
 
 
 @functools.lru_cache(maxsize=1)
-def _load_once(name: str, device: str, precision: str) -> Encoder:
+def _load_once(name: str, device: str, precision: str, decode: str) -> Encoder:
     from clip_index.encoders import load_encoder
 
-    return load_encoder(name, device=device, precision=precision, threads=1)
+    return load_encoder(name, device=device, precision=precision, threads=1, decode=decode)
 
 
 def worker_pool(threads: int) -> ThreadPoolExecutor:

@@ -44,6 +44,7 @@ def plan_embedding(
     modality: str = "auto",
     devices: str = "auto",
     precision: str = "auto",
+    decode: str = "exact",
     batch_size: int = 32,
     rows_per_shard: int = 10_000,
     update: bool = False,
@@ -74,6 +75,8 @@ def plan_embedding(
         image_column=image_column,
         caption_column=caption_column,
     )
+    if decode != "exact" and "image" not in reader.modalities:
+        raise UsageError(f"--decode {decode} is for pictures, and of {source} captions are embedded")
     tasks = reader.plan(rows_per_shard)
     if not tasks:
         raise UsageError(f"nothing to embed in {source}")
@@ -81,11 +84,12 @@ def plan_embedding(
         if part.world > 1:
             raise UsageError("Spark spreads the work itself: give --executor spark or --rank and --world, not both")
         workers = [spark.choose_device(devices)]
-        config = spark.call(functools.partial(describe, model, workers[0], precision, reader.modalities), workers[0])
+        told = functools.partial(describe, model, workers[0], precision, reader.modalities, decode)
+        config = spark.call(told, workers[0])
     else:
         cuda_devices = _cuda_devices(devices)
         workers = executors.parse_devices(part.devices(cuda_devices) if devices == "auto" else devices, cuda_devices)
-        config = describe(model, workers[0], precision, reader.modalities)
+        config = describe(model, workers[0], precision, reader.modalities, decode)
     width = _check_output(output, config, len(tasks))
     shards = len(tasks)
     tasks = tasks[part.rank :: part.world]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_index import executors, store
-from clip_index.embed_job import chunks, cores, encode_samples, worker_encoder, worker_pool
+from clip_index.embed_job import chunks, cores, encode_samples, worker_pool
 from clip_index.embed_plan import plan_embedding
 
 
@@ -35,7 +35,7 @@ def preview(source: str, output: str, *, tried: int = 64, **options: Any) -> Pre
     """Try a few samples and write nothing. The options are those of `plan_embedding`."""
     plan = plan_embedding(source, output, **options)
     job, config = plan.job, plan.job.config
-    encoder = worker_encoder(config.encoder, job.device, config.precision)
+    encoder = job.encoder()
     samples = [sample for task in plan.todo[:1] for sample in itertools.islice(job.reader.read(task), tried)]
     encode = functools.partial(encode_samples, encoder, config.modalities)
     pool = worker_pool(job.threads or cores())

@@ -99,7 +99,8 @@ class QueryVectors:
                 config = self._config
                 if not config.encoder:
                     raise UsageError(f"{self._path} names no model: search it with vectors, or build it with --model")
-                encoder = load_encoder(config.encoder, device=self._device, towers=(tower,))
+                decode = config.preprocess.get("preset", "exact")
+                encoder = load_encoder(config.encoder, device=self._device, towers=(tower,), decode=decode)
                 here = dataclasses.replace(config, dim=encoder.dim)
                 if config.fingerprint:  # embeddings of other programs do not say
                     preprocess = encoder.preprocess.describe() if tower == "image" else config.preprocess

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 import clip_index.embed as embed
-from clip_index import embed_job, embed_preview
+from clip_index import embed_job
 from clip_index.preprocess import Preprocess
 from clip_index.types import normalize
 
@@ -43,8 +43,7 @@ class FakeEncoder:
 
 def use(monkeypatch, **options) -> None:
     """Have `embed` load the fake whatever the name."""
-    for module in (embed_preview, embed_job):
-        monkeypatch.setattr(module, "worker_encoder", lambda *_: FakeEncoder(**options))
+    monkeypatch.setattr(embed_job, "worker_encoder", lambda *_: FakeEncoder(**options))
 
 
 def make_pictures(folder: Path, n: int, *, captions: bool = True, suffix: str = "png") -> Path:

@@ -120,7 +120,7 @@ def test_text_searches_pictures_with_the_text_tower_alone(index, vectors, loaded
     assert loaded == []
     assert rows_of(searcher.search(text="caption 7")) == expected(vectors, vectors["text"][7])
     assert rows_of(searcher.search("caption 7", modality="text"))[0] == 7
-    assert loaded == [("fake", {"device": "cpu", "towers": ("text",)})]
+    assert loaded == [("fake", {"device": "cpu", "towers": ("text",), "decode": "exact"})]
 
 
 def test_a_text_is_not_an_expression(index, vectors, loaded):
@@ -146,7 +146,7 @@ def test_pictures_as_paths_bytes_and_pil_images(index, vectors, loaded, tmp_path
     for given in ("a.png", tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), picture, picture.convert("RGBA")):
         assert rows_of(searcher.search(image=given)) == expected(vectors, wanted)
     assert rows_of(searcher.search("./a.png")) == expected(vectors, wanted)
-    assert loaded == [("fake", {"device": "auto", "towers": ("image",)})]
+    assert loaded == [("fake", {"device": "auto", "towers": ("image",), "decode": "exact"})]
     mixed = normalize((wanted + vectors["text"][7])[None])[0]
     assert rows_of(searcher.search("./a.png + caption 7")) == expected(vectors, mixed)
     assert rows_of(searcher.search("caption 7", image="a.png")) == expected(vectors, mixed)

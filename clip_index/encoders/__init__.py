@@ -11,7 +11,7 @@ import contextlib
 import difflib
 import importlib
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from clip_index.clip.config import ARCHITECTURES
@@ -76,12 +76,14 @@ def load_encoder(
     precision: str = "auto",
     towers: tuple[str, ...] = MODALITIES,
     threads: int | None = None,
+    decode: str = "exact",
 ) -> Encoder:
     """Load a model by name, or the towers of it that are needed.
 
     `device` is auto, cpu, cuda or cuda:N. `precision` is fp32, bf16, fp16 (CUDA only), or auto: the fastest that the
     device has instructions for. `towers` names what will be encoded, `image` and `text`. `threads`, where given, sets
-    the number of CPU threads that torch uses in this process. Raises UsageError for an unknown name or choice.
+    the number of CPU threads that torch uses in this process. `decode` is exact, or fast: libjpeg-turbo halves a large
+    JPEG up to three times while it decodes. Raises UsageError for an unknown name or choice.
     """
     module = _module(name)
     if not towers or set(towers) - set(MODALITIES):
@@ -90,9 +92,12 @@ def load_encoder(
         import torch
 
         torch.set_num_threads(threads)
-    return importlib.import_module(f"{__name__}.{module}").load(
+    encoder = importlib.import_module(f"{__name__}.{module}").load(
         name, device=device, precision=precision, towers=tuple(towers)
     )
+    if decode != "exact":
+        encoder.preprocess = replace(encoder.preprocess, preset=decode)
+    return encoder
 
 
 def precisions(name: str, device: str = "auto") -> tuple[str, tuple[str, ...]]:
