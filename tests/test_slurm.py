@@ -218,3 +218,12 @@ def test_several_ranks_a_job(slurm, source, whole, tmp_path):
     assert slurm.call("sbatch", "--wait", *shape, SCRIPT, *words(source, tmp_path)).returncode == 0
     wait_until((tmp_path / "index/clip_index.json").exists)
     assert contents(tmp_path / "out") == whole
+
+
+def test_more_ranks_than_run_at_once(slurm, source, whole, tmp_path):
+    shape = ["--array=0-4%2", "--cpus-per-task=1"]
+    assert slurm.call("sbatch", "--wait", *shape, SCRIPT, *words(source, tmp_path)).returncode == 0
+    wait_until((tmp_path / "index/clip_index.json").exists)
+    assert contents(tmp_path / "out") == whole
+    last = max(slurm.folder.glob("clip-index-*_4.log"), key=lambda path: path.stat().st_mtime)
+    assert "of rank 4 of 5" in last.read_text()
