@@ -37,7 +37,7 @@ def parse(command: Command, argv: list[str]) -> dict[str, Any]:
     """{parameter: value} of a command's words and flags. Raises UsageError naming what is wrong and what is expected.
 
     `--key value` and `--key=value` are the same, so are dashes and underscores in a flag's name; `--json` and
-    `--nojson` set a truth value; `--` ends the flags. A single dash begins a flag only if it spells a parameter's name,
+    `--nojson` set a truth value, and so does `--json False` behind the last word; `--` ends the flags. A single dash begins a flag only if it spells a parameter's name,
     so that `-night` is a text.
     """
     by_name = {item.name: item for item in command.parameters}
@@ -58,7 +58,9 @@ def parse(command: Command, argv: list[str]) -> dict[str, Any]:
         parameter, negated = _lookup(command, by_name, written)
         if parameter.kind is bool:
             if tokens and not equals and tokens[0].lower() in ("true", "false"):
-                reject(f"{written} {tokens[0]}: write `{written}={tokens[0].lower()}`")
+                if not _all_given(command, words, values):
+                    reject(f"{written} {tokens[0]}: write `{written}={tokens[0].lower()}`")
+                equals, raw = "=", tokens.popleft()
             value = not negated if not equals else _boolean(written, raw) != negated
         else:
             if not equals:
@@ -91,6 +93,11 @@ def _lookup(command: Command, by_name: dict[str, Parameter], written: str) -> tu
     if any(letter.isspace() for letter in written):
         reject(f"unknown flag {written!r}: a text that begins with two dashes goes last, after ` -- `")
     reject(f"unknown flag {written}: `clip-index {command.name} --help` lists the flags")
+
+
+def _all_given(command: Command, words: list[str], values: dict[str, Any]) -> bool:
+    """Whether a command takes no more words, so that the next one can only be a flag's value."""
+    return len(words) >= sum(item.positional and item.name not in values for item in command.parameters)
 
 
 def _place(command: Command, words: list[str], values: dict[str, Any]) -> dict[str, Any]:

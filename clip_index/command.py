@@ -7,6 +7,7 @@ worth saying, then `Examples:`, then `Args:` with a line for each parameter.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import shutil
@@ -85,11 +86,35 @@ class Program:
         return describe(name, self.commands[name])
 
 
+def with_options(options: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a command of a function whose parameter `options` is a dataclass: each field is a flag, explained there."""
+    fields = [item.replace(kind=inspect.Parameter.KEYWORD_ONLY) for item in _resolved(options).parameters.values()]
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def command(*args: Any, **values: Any) -> None:
+            given = {item.name: values.pop(item.name) for item in fields if item.name in values}
+            function(*args, options=options(**given), **values)
+
+        signature = _resolved(function)
+        own = [item for item in signature.parameters.values() if item.name != "options"]
+        command.__signature__ = signature.replace(parameters=[*own, *fields])
+        explained = inspect.cleandoc(options.__doc__ or "").partition("\nArgs:\n")[2]
+        command.__doc__ = f"{inspect.getdoc(function)}\n{explained}"
+        return command
+
+    return decorate
+
+
+def _resolved(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function, eval_str=True)
+
+
 def describe(name: str, function: Callable[..., None]) -> Command:
     """What a function takes and says about itself. Raises TypeError for a signature that no command line can fill."""
     summary, notes, examples, explained = _read_docstring(inspect.getdoc(function) or "")
     parameters = []
-    for item in inspect.signature(function, eval_str=True).parameters.values():
+    for item in _resolved(function).parameters.values():
         if item.kind not in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY):
             raise TypeError(f"{name}: {item} cannot be filled from a command line")
         kind, choices = _values(item.annotation, f"{name}: {item}")

@@ -78,6 +78,12 @@ def test_truth_values(written, value):
     assert parsed(written, "dog") == {"json": value, "text": "dog"}
 
 
+def test_a_truth_value_may_stand_apart_behind_the_last_word():
+    assert parsed("dog", "--json", "False", "--k", "3") == {"text": "dog", "json": False, "k": 3}
+    assert parsed("dog", "--nojson", "true") == {"text": "dog", "json": False}
+    assert parsed("--text", "dog", "--json", "true") == {"text": "dog", "json": True}
+
+
 def test_a_default_of_true_can_be_turned_off():
     assert parsed("--nobar") == {"bar": False}
 

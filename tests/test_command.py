@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import pytest
 
-from clip_index.command import Program, command_help, describe, program_help, welcome
+from clip_index.command import Program, command_help, describe, program_help, welcome, with_options
 
 
 def bake(flour: str, oven: str | None = None, *, degrees: int = 200, kind: Literal["rye", "wheat"] = "rye",
@@ -50,6 +51,44 @@ def test_a_signature_is_read():
     assert command.summary == "Bake a loaf."
     assert command.examples == ("shop bake flour.bag", "shop bake flour.bag --kind wheat")
     assert command.parameters[0].help == "what to bake, and this explanation goes on in a second line"
+
+
+@dataclass(frozen=True)
+class Wrapping:
+    """How a loaf is wrapped.
+
+    Args:
+        paper: what it is wrapped in,
+            if at all
+        string: how much
+    """
+
+    paper: Literal["brown", "none"] = "brown"
+    string: int = 3
+
+
+def test_fields_of_a_dataclass_become_flags():
+    sold = []
+
+    @with_options(Wrapping)
+    def sell(loaf: str, *, options: Wrapping, price: float = 2.5) -> None:
+        """Sell a loaf.
+
+        Args:
+            loaf: which
+            price: for how much
+        """
+        sold.append((loaf, options, price))
+
+    command = describe("sell", sell)
+    assert [(item.name, item.kind, item.default) for item in command.parameters] == [
+        ("loaf", str, None), ("price", float, 2.5), ("paper", None, "brown"), ("string", int, 3),
+    ]  # fmt: skip
+    assert [item.help for item in command.parameters] == [
+        "which", "for how much", "what it is wrapped in, if at all", "how much",
+    ]  # fmt: skip
+    sell("rye", string=1)
+    assert sold == [("rye", Wrapping("brown", 1), 2.5)]
 
 
 def varying(*words: str) -> None: ...
