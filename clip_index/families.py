@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -53,33 +54,37 @@ def make(
 
     `like` is the file of an index of two stages whose lists are taken instead of trained ones.
     """
-    import faiss
-
+    if engine != "autofaiss" and (found := _TWO_STAGE.fullmatch(key or "")):
+        lists = min(int(found[1]), vectors.rows)
+        with _faiss_failing(f"faiss cannot build {key} over {vectors.rows} rows"):
+            two_stage_build.build(vectors, path, lists, memory, steps, like)
+        return key, ""
     parameters = ""
     if engine == "autofaiss":
         with steps.timed("build"):
             built, key, parameters = autofaiss_compat.build(vectors.path, index_key=key, memory=memory, verbose=verbose)
     else:
         key = key or EXACT_KEY
-        try:
-            if found := _TWO_STAGE.fullmatch(key):
-                lists = min(int(found[1]), vectors.rows)
-                built = two_stage_build.build(vectors, path, lists, memory, steps, like)
-            else:
-                built = _with_faiss(vectors, key, steps)
-        except RuntimeError as error:
-            raise ClipIndexError(f"faiss cannot build {key} over {vectors.rows} rows: {reason(error)}") from error
+        with _faiss_failing(f"faiss cannot build {key} over {vectors.rows} rows"):
+            built = _with_faiss(vectors, key, steps)
     if built.ntotal != vectors.rows or built.d != vectors.dim:
         raise ClipIndexError(
             f"the index has {built.ntotal} vectors of {built.d} dimensions, the manifest says "
             f"{vectors.rows} of {vectors.dim}: is there another .npy file in {vectors.path}?"
         )
-    with steps.timed("write"):
-        try:
-            faiss.write_index(built, path("index"))
-        except RuntimeError as error:
-            raise ClipIndexError(f"cannot write the index: {reason(error)}; what was there stands") from error
+    import faiss
+
+    with steps.timed("write"), _faiss_failing("cannot write the index", "; what was there stands"):
+        faiss.write_index(built, path("index"))
     return key, parameters
+
+
+@contextmanager
+def _faiss_failing(what: str, then: str = "") -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ClipIndexError(f"{what}: {reason(error)}{then}") from error
 
 
 def _with_faiss(vectors: Vectors, key: str, steps: Steps) -> object:

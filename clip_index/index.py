@@ -33,7 +33,7 @@ from clip_index.source import Source, open_source
 from clip_index.speed import measure_cold
 from clip_index.steps import Steps
 from clip_index.two_stage import ROWS, VECTORS, TwoStage
-from clip_index.two_stage_build import index_bytes
+from clip_index.two_stage_build import search_bytes
 from clip_index.types import ClipIndexError, UsageError
 from clip_index.vectors import Vectors
 
@@ -210,7 +210,7 @@ def _memory_of(opened: Opened, size: int) -> int:
     """Bytes that searches read again and again: all of a faiss index, but of two stages the codes and centroids."""
     if not isinstance(opened, TwoStage):
         return size
-    return index_bytes(opened.rows, opened.dim, opened.lists) - opened.rows * 12
+    return search_bytes(opened.rows, opened.dim, opened.lists)
 
 
 def _to_json(data: Any) -> bytes:

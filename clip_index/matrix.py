@@ -20,6 +20,8 @@ class Matrix(Protocol):
 
     def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[tuple[int, np.ndarray]]: ...
 
+    def stored_blocks(self, rows: int = BLOCK_ROWS) -> Iterator[tuple[np.ndarray, np.ndarray]]: ...
+
 
 class Stored(Protocol):
     """An index that gives its vectors back, as `clip_index.opened.Opened` does."""
@@ -29,9 +31,11 @@ class Stored(Protocol):
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray: ...
 
+    def stored(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]: ...
+
 
 class IndexMatrix:
-    """The rows of an open index, those of a list where one is given. Safe to share between threads."""
+    """The rows of an open index, those of a rising list where one is given. Safe to share between threads."""
 
     def __init__(self, index: Stored, picked: np.ndarray | None = None):
         self._index, self._picked = index, picked
@@ -46,6 +50,16 @@ class IndexMatrix:
         """(first row, float32 [up to `rows`, dim]) over the whole matrix, in order."""
         for start in range(0, self.rows, rows):
             yield start, self.take(np.arange(start, min(start + rows, self.rows)))
+
+    def stored_blocks(self, rows: int = BLOCK_ROWS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(row numbers int64 [n], float32 [n, dim]) over the whole matrix, in the order in which it is stored."""
+        for start in range(0, self._index.rows, rows):
+            numbers, block = self._index.stored(start, min(start + rows, self._index.rows))
+            if self._picked is not None:
+                at = np.searchsorted(self._picked, numbers)
+                kept = self._picked[np.minimum(at, len(self._picked) - 1)] == numbers
+                numbers, block = at[kept], block[kept]
+            yield numbers, block
 
 
 class JoinedMatrix:
@@ -71,3 +85,9 @@ class JoinedMatrix:
         for part, first in zip(self._parts, self._starts, strict=False):
             for start, block in part.blocks(rows):
                 yield int(first) + start, block
+
+    def stored_blocks(self, rows: int = BLOCK_ROWS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(row numbers int64 [n], float32 [n, dim]) over the whole matrix, in the order in which it is stored."""
+        for part, first in zip(self._parts, self._starts, strict=False):
+            for numbers, block in part.stored_blocks(rows):
+                yield first + numbers, block

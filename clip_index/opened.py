@@ -33,6 +33,8 @@ class Opened(Protocol):
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray: ...
 
+    def stored(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]: ...
+
 
 class OneStage:
     """A faiss index alone: exact, or with codes whose estimates are the scores. Its parameters were set when built."""
@@ -58,6 +60,11 @@ class OneStage:
             return self._index.reconstruct_batch(rows)
         except RuntimeError as error:
             raise ClipIndexError("this index does not give its vectors back: build it with --engine faiss") from error
+
+    def stored(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """(row numbers int64 [n], vectors float32 [n, dim]) from one place to another in the order of the file."""
+        rows = np.arange(start, end)
+        return rows, self.vectors_of(rows)
 
 
 def open_index(folder: IndexFolder, modality: str) -> Opened:

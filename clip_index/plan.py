@@ -49,7 +49,7 @@ def plan(rows: int, dim: int, memory: int, rates: Rates | None = None) -> dict[s
     rates = rates or measure_rates(dim)
     usable = int(memory * _USABLE)
     parts = 1
-    while _build_bytes(math.ceil(rows / parts), dim) > usable:
+    while _build_bytes(math.ceil(rows / parts), dim, usable) > usable:
         parts += 1
         if parts > rows:
             raise UsageError(f"{memory} bytes of memory do not hold an index of one row")
@@ -59,8 +59,8 @@ def plan(rows: int, dim: int, memory: int, rates: Rates | None = None) -> dict[s
     lists = 0 if exact else two_stage_build.lists_for(each)
     sample = two_stage_build.SAMPLE_PER_LIST * lists
     steps = _seconds(each, dim, lists, rates)
-    resident = 2 * dim * each if exact else two_stage_build.index_bytes(each, dim, lists) - 12 * each
-    disk = 2 * dim * each if exact else two_stage_build.index_bytes(each, dim, lists) + 2 * dim * each
+    resident = 2 * dim * each if exact else two_stage_build.search_bytes(each, dim, lists)
+    disk = 2 * dim * each if exact else two_stage_build.disk_bytes(each, dim, lists)
     return {
         "rows": rows,
         "dim": dim,
@@ -72,7 +72,7 @@ def plan(rows: int, dim: int, memory: int, rates: Rates | None = None) -> dict[s
         "training_rows": sample,
         "memory_bytes_per_part": resident,
         "memory_bytes_per_vector": resident / each,
-        "build_bytes_per_part": _build_bytes(each, dim),
+        "build_bytes_per_part": _build_bytes(each, dim, usable),
         "disk_bytes_per_part": disk,
         "seconds": steps,
         "seconds_per_part": sum(steps.values()),
@@ -80,12 +80,11 @@ def plan(rows: int, dim: int, memory: int, rates: Rates | None = None) -> dict[s
     }
 
 
-def _build_bytes(rows: int, dim: int) -> int:
+def _build_bytes(rows: int, dim: int, memory: int) -> int:
     if rows < families.EXACT_ROWS:
         return 2 * dim * rows
     lists = two_stage_build.lists_for(rows)
-    # the sample, its rotated copy, and what k-means keeps of it
-    return two_stage_build.index_bytes(rows, dim, lists) + 3 * 4 * dim * two_stage_build.SAMPLE_PER_LIST * lists
+    return max(two_stage_build.build_bytes(rows, dim, lists, memory), two_stage_build.search_bytes(rows, dim, lists))
 
 
 def _seconds(rows: int, dim: int, lists: int, rates: Rates) -> dict[str, float]:

@@ -78,15 +78,23 @@ class TwoStage:
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 [n, dim] of rows."""
-        return self._vectors[self._places_of(rows)].astype(np.float32)
+        places = self._places_of(rows)
+        order = np.argsort(places, kind="stable")  # near each other on disk
+        vectors = np.empty((len(places), self.dim), np.float32)
+        vectors[order] = self._vectors[places[order]]
+        return vectors
+
+    def stored(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """(row numbers int64 [n], vectors float32 [n, dim]) from one place to another in the order of the lists."""
+        return self._rows[start:end].astype(np.int64), self._vectors[start:end].astype(np.float32)
 
     def _places_of(self, rows: np.ndarray) -> np.ndarray:
         with self._lock:
             if self._places is None:
-                places = np.empty(self.rows, np.int64)
-                places[self._rows] = np.arange(self.rows)
+                places = np.empty_like(self._rows, subok=False)
+                places[self._rows] = np.arange(self.rows, dtype=places.dtype)
                 self._places = places
-        return self._places[rows]
+        return self._places[rows].astype(np.int64)
 
     def _ranked(self, queries: np.ndarray, k: int, point: Point, selector: Any = None) -> tuple[np.ndarray, np.ndarray]:
         wanted, first = min(self.rows, max(point.rerank, 2 * k)), max(FIRST, 2 * k)

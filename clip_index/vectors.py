@@ -35,6 +35,11 @@ class Vectors:
             for offset in range(0, length, rows):
                 yield start + offset, shard[offset : offset + rows].astype(np.float32)
 
+    def stored_blocks(self, rows: int = BLOCK_ROWS) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(row numbers int64 [n], float32 [n, dim]) over the whole matrix, in the order in which it is stored."""
+        for start, block in self.blocks(rows):
+            yield np.arange(start, start + len(block)), block
+
     def take(self, rows: np.ndarray, dtype: type = np.float32) -> np.ndarray:
         """[n, dim] of `dtype`: the given rows in the given order, read in the order in which they are stored."""
         rows = np.asarray(rows, np.int64)

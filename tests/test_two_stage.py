@@ -9,8 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import faiss
 import numpy as np
 import pytest
-from embedding_fakes import brute_force, make_embeddings, stored
+from embedding_fakes import brute_force, make_embeddings, metadata_rows, random_rows, stored
 
+from clip_index import two_stage_build, upkeep
 from clip_index.index import build_index, verify_index
 from clip_index.index_folder import IndexFolder
 from clip_index.opened import open_index
@@ -206,24 +207,30 @@ def test_many_vectors_at_once(made):
 
 def test_too_little_memory_is_refused_before_any_work(made, tmp_path, vectors):
     make_embeddings(tmp_path / "e", {"image": vectors["image"]})
-    with pytest.raises(ClipIndexError, match=r"take 0\.46 MB to build, more than the 0\.41 MB of --memory: give more"):
+    with pytest.raises(ClipIndexError, match=r"take 0\.48 MB to build, more than the 0\.41 MB of --memory: give more"):
         build_index(str(tmp_path / "e"), str(tmp_path / "i"), index_key=KEY, memory="400K")
     assert not (tmp_path / "i/clip_index.json").exists()
 
 
 def test_memory_that_the_codes_exceed(tmp_path, monkeypatch):
     monkeypatch.setattr(two_stage_build, "_LEAST_BLOCK_ROWS", 64)
-    rows, dim, memory = 20_000, 64, 400 << 10
-    assert rows * (dim // 8 + 8 + 8) > memory  # codes with their row numbers
-    vectors = random_rows(rows, dim)
-    make_embeddings(tmp_path / "e", {"image": vectors})
-    folder = str(tmp_path / "i")
+    rows, dim, memory = 25_000, 64, 560 << 10
+    assert (rows - 1000) * (dim // 8 + 8 + 8) > memory  # codes with their row numbers
+    vectors, folder = random_rows(rows, dim), str(tmp_path / "i")
+    make_embeddings(tmp_path / "e", {"image": vectors[:-1000]})
+    make_embeddings(tmp_path / "more", {"image": vectors[-1000:]}, rows=metadata_rows(rows - 1000, 1000))
     build_index(str(tmp_path / "e"), folder, index_key=KEY, memory=memory, queries=20)
-    for _ in range(2):
-        queries = random_rows(20, dim, seed=1)
-        found = open_index(IndexFolder(folder), "image").search(queries, 10, Point(LISTS, rows))[1]
-        np.testing.assert_array_equal(found, brute_force(stored(vectors), queries, 10))
-        folder, parts = str(tmp_path / "merged"), [str(tmp_path / "a"), str(tmp_path / "b")]
+    check_exact(folder, vectors[:-1000])
+    upkeep.append(folder, str(tmp_path / "more"), memory=memory)
+    check_exact(folder, vectors)
+
+
+def check_exact(folder, vectors):
+    """Looking everywhere, the index finds what a scan of the vectors finds, and all of its files are whole."""
+    queries = random_rows(20, vectors.shape[1], seed=1)
+    found = open_index(IndexFolder(folder), "image").search(queries, 10, Point(LISTS, len(vectors)))[1]
+    np.testing.assert_array_equal(found, brute_force(stored(vectors), queries, 10))
+    assert verify_index(folder) == []
 
 
 def test_damage_beside_the_index_is_found(tmp_path, vectors):
@@ -243,9 +250,9 @@ def test_damage_beside_the_index_is_found(tmp_path, vectors):
 
 KILL = """
 import os, signal, sys
-from clip_index import two_stage
+from clip_index import two_stage_build
 from clip_index.index import build_index
-two_stage.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+two_stage_build.np.save = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 build_index(sys.argv[1], sys.argv[2], index_key=sys.argv[3])
 """
 
