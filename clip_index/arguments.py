@@ -37,8 +37,8 @@ def parse(command: Command, argv: list[str]) -> dict[str, Any]:
     """{parameter: value} of a command's words and flags. Raises UsageError naming what is wrong and what is expected.
 
     `--key value` and `--key=value` are the same, so are dashes and underscores in a flag's name; `--json` and
-    `--nojson` set a truth value, and so does `--json False` behind the last word; `--` ends the flags. A single dash begins a flag only if it spells a parameter's name,
-    so that `-night` is a text.
+    `--nojson` set a truth value, and so does `--json False` behind the last word; `--` ends the flags. A single dash
+    begins a flag only if it spells a parameter's name, so that `-night` is a text.
     """
     by_name = {item.name: item for item in command.parameters}
     values: dict[str, Any] = {}
