@@ -19,7 +19,6 @@ from clip_index.command import Program
 from clip_index.console import beside, count, note, print_json, suggest
 from clip_index.convert import convert
 from clip_index.dedup import dedup
-from clip_index.dump import dump
 from clip_index.export import export
 from clip_index.filter import filter
 from clip_index.query import query
@@ -263,7 +262,6 @@ PROGRAM = Program(
         "merge": merge,
         "filter": filter,
         "dedup": dedup,
-        "dump": dump,
         "verify": verify,
         "models": models,
         "convert": convert,

@@ -64,13 +64,13 @@ ROOMS = {
         late="encoders faiss PIL",
     ),
     "life": Room(
-        "copies duplicate_lists dumps upkeep",
+        "copies duplicate_lists exports upkeep",
         top="types storage locations store index search numpy",
-        late="pyarrow lance qdrant_client",
+        late="faiss pyarrow lance pymilvus qdrant_client",
     ),
     "show": Room("render terminal sheet thumbnails", top="types storage", late="preprocess PIL"),
     "cli": Room(
-        "__init__ __main__ cli build query filter dedup dump change "
+        "__init__ __main__ cli build query filter dedup change "
         "convert export embed_report command arguments front_door "
         "console",
         top="_version",
