@@ -32,15 +32,15 @@ def rows_above(
     if not opened.exact:
         raise ClipIndexError("the index holds codes of its vectors alone: build it without --index_key or --engine")
     near, found = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
-    for start, block in IndexMatrix(opened).blocks():
+    for numbers, block in IndexMatrix(opened).stored_blocks():
         scores = block @ query
         good = scores >= threshold
         if allowed is not None:
-            good &= allowed.allowed[start : start + len(block)]
+            good &= allowed.allowed[numbers]
         near.append(scores[good])
-        found.append(start + np.flatnonzero(good))
+        found.append(numbers[good])
     scores, rows = np.concatenate(near), np.concatenate(found)
-    order = np.argsort(-scores, kind="stable")
+    order = np.lexsort((rows, -scores))
     return scores[order], rows[order]
 
 

@@ -44,9 +44,9 @@ def exact_neighbours(vectors: Vectors, queries: Queries, k: int) -> tuple[np.nda
     count, wanted = len(queries.vectors), k + (queries.own is not None)
     scores = np.full((count, wanted), -np.inf, np.float32)
     rows = np.full((count, wanted), -1, np.int64)
-    for start, block in vectors.blocks():
+    for numbers, block in vectors.stored_blocks():
         near, offsets = faiss.knn(queries.vectors, block, min(wanted, len(block)), metric=faiss.METRIC_INNER_PRODUCT)
-        scores, rows = best(np.concatenate([scores, near], 1), np.concatenate([rows, offsets + start], 1), wanted)
+        scores, rows = best(np.concatenate([scores, near], 1), np.concatenate([rows, numbers[offsets]], 1), wanted)
     if queries.own is not None:
         mine = rows == queries.own[:, None]
         scores[mine], rows[mine] = -np.inf, -1

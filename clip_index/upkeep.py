@@ -161,7 +161,9 @@ def _gather_tables(parts: list[Source], scratch: str) -> tuple[list[str], list[i
             folder = IndexFolder(part.folder)
             live = live_rows(folder)
             table = Metadata(folder.local("metadata.arrow")).table()
-            write(table if live is None else table.filter(pa.array(live.allowed)))
+            for start in range(0, len(table), _TABLE_ROWS):
+                rows = table.slice(start, _TABLE_ROWS)
+                write(rows if live is None else rows.filter(pa.array(live.allowed[start : start + _TABLE_ROWS])))
         elif part.tables:
             for name in part.tables:
                 write(columns.read_parquet(storage.join(part.folder, *name.split("/"))))

@@ -39,7 +39,7 @@ def test_exact_neighbours_agree_with_brute_force(tmp_path, monkeypatch, block):
     rows, queries = random_rows(200), random_rows(20, seed=1)
     vectors = matrix(tmp_path, rows, shard_rows=[50, 0, 149, 1])
     blocks = vectors.blocks
-    monkeypatch.setattr(vectors, "blocks", lambda: blocks(block))
+    monkeypatch.setattr(vectors, "blocks", lambda _: blocks(block))
     scores, found = exact_neighbours(vectors, Queries("image", queries), 10)
     np.testing.assert_array_equal(found, brute_force(stored(rows), queries, 10))
     np.testing.assert_allclose(scores, scores_of(vectors, queries, found), atol=1e-6)
