@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from clip_index.types import ClipIndexError
 
@@ -26,6 +26,8 @@ _BLOCK = 4 << 20
 _AHEAD = 7
 """Blocks fetched before they are asked for: with the one being read, a file holds at most 32 MB."""
 _LASTING = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_KINDS = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
+_NUMBERS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, FileExistsError: errno.EEXIST}
 _PASSING = {
     errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
     getattr(errno, "EREMOTEIO", errno.EIO),
@@ -50,18 +52,18 @@ def filesystem(path: str) -> tuple[Any, str]:
 
 def call(path: str, action: Callable[[Any, str], Result]) -> Result:
     """What `action(filesystem, name)` gives. Raises OSError, with the path, when it fails for good or for too long."""
-    fs, name = filesystem(path)
+    return persist(path, lambda: action(*filesystem(path)))
+
+
+def persist(path: str, action: Callable[[], Result]) -> Result:
+    """What `action()` gives, tried again while its failure is one that passes; raises as `call` does."""
     pause, first = _FIRST_PAUSE_S, None
     while True:
         try:
-            return action(fs, name)
+            return action()
         except Exception as error:
-            if isinstance(error, _LASTING):
-                raise type(error)(error.errno or _number(error), error.strerror or str(error), path) from error
             if not _passes(error):
-                if isinstance(error, OSError) or type(error).__module__ == "builtins":
-                    raise
-                raise ClipIndexError(f"cannot open {path}: {error}") from error  # such as no credentials
+                _raise_lasting(path, error)
             now = time.monotonic()
             first = now if first is None else first
             if now - first > _PATIENCE_S:
@@ -70,15 +72,32 @@ def call(path: str, action: Callable[[Any, str], Result]) -> Result:
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
 
-def _number(error: OSError) -> int:
-    names = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, FileExistsError: errno.EEXIST}
-    return names.get(type(error), errno.EINVAL)
+def _raise_lasting(path: str, error: Exception) -> NoReturn:
+    """Raise what callers know: OSError with the path, or ClipIndexError for all that is not an error of files."""
+    kind = _KINDS.get(_status(error) or 0, type(error))
+    if issubclass(kind, _LASTING):
+        number = getattr(error, "errno", None) or _NUMBERS.get(kind, errno.EINVAL)
+        raise kind(number, getattr(error, "strerror", None) or str(error), path) from error
+    if isinstance(error, OSError | ClipIndexError) or type(error).__module__ == "builtins":
+        raise error
+    raise ClipIndexError(f"cannot open {path}: {error}") from error  # such as no credentials
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error tells of, or the one that it was raised from."""
+    for _ in range(3):
+        places = (error, getattr(error, "response", None))
+        for status in (getattr(place, name, None) for place in places for name in ("status", "code", "status_code")):
+            if isinstance(status, int) and status >= 300:
+                return status
+        error = getattr(error, "__cause__", None)
+    return None
 
 
 def _passes(error: Exception) -> bool:
     """Whether the same request may succeed later. Clients raise classes of their own beside OSError."""
-    status = getattr(error, "status", None) or getattr(error, "code", None)
-    if isinstance(status, int):
+    status = _status(error)
+    if status is not None:
         return status in (408, 429) or status >= 500
     if isinstance(error, ShortRead | TimeoutError | ConnectionError):
         return True

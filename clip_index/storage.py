@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote_to_bytes
 
-from clip_index import remote
+from clip_index import listing, remote
 from clip_index.remote import filesystem as filesystem
 from clip_index.types import ClipIndexError
 
@@ -67,7 +67,7 @@ def is_folder(path: str) -> bool:
     """Whether a path is a folder (for an object store: a prefix with something below it)."""
     if not is_url(path):
         return os.path.isdir(path)
-    return remote.call(path, lambda fs, name: fs.isdir(name))
+    return listing.is_folder(path)
 
 
 def size(path: str) -> int:
@@ -149,7 +149,7 @@ def list_files(folder: str, suffixes: Iterable[str] = ()) -> list[tuple[str, int
     """
     suffixes = tuple(suffixes)
     if is_url(folder):
-        found = _list_remote(folder)
+        found = listing.files(folder)
     else:
         found = _list_local(folder)
     return sorted(
@@ -189,22 +189,12 @@ def _list_local(folder: str) -> Iterator[tuple[str, int]]:
                 yield f"{prefix}{entry.name}", 0  # a symbolic link to itself, or a file that went away
 
 
-def _list_remote(folder: str) -> Iterator[tuple[str, int]]:
-    name = remote.filesystem(folder)[1]
-    root = name.rstrip("/") + "/"
-    for path, info in remote.call(folder, lambda fs, name: fs.find(name, detail=True)).items():
-        relative = path[len(root) :] if path.startswith(root) else path.removeprefix(name).lstrip("/")
-        if relative and not any(part.startswith(".") for part in relative.split("/")):
-            yield relative, int(info.get("size") or 0)
-
-
 def list_names(folder: str) -> list[str]:
     """The names directly in a folder, sorted; none where the folder does not exist."""
     if not is_url(folder):
         return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     try:
-        found = remote.call(folder, lambda fs, name: fs.ls(name, detail=False))
-        return sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+        return sorted(listing.names(folder))
     except FileNotFoundError:
         return []
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from s3_server import bucket  # noqa: F401 - a fixture
 
-from clip_index import storage
+from clip_index import listing, remote, storage
 from clip_index.types import ClipIndexError
 
 
@@ -161,3 +161,26 @@ def test_a_new_file_replaces_none(root):
     assert storage.write_new(target, b"first")
     assert not storage.write_new(target, b"second")
     assert storage.read_bytes(target) == b"first" and storage.list_names(root) == ["file"]
+
+
+def test_a_listing_of_many_pages_of_s3_is_that_of_a_folder(bucket, tmp_path, monkeypatch):  # noqa: F811
+    pages, answers = listing._s3_pages, []
+
+    def short_pages(folder, **options):
+        for page in pages(folder, **{"MaxKeys": 3, **options}):
+            answers.append(page)
+            yield page
+
+    monkeypatch.setattr(listing, "_s3_pages", short_pages)
+    names = ["0", "a b+c.txt", "a/1", "a/2", "a/b/3", "a0", "a/.hidden", ".h/4", "ä/é&<5>.txt", "z"]
+    for number, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x" * number)
+        storage.write_bytes(f"{bucket}/pages/{name}", b"x" * number)
+    assert storage.list_files(f"{bucket}/pages") == storage.list_files(str(tmp_path))
+    assert len(answers) == 4 and "LastModified" not in answers[-1]["Contents"][0]
+    assert storage.list_names(f"{bucket}/pages") == storage.list_names(str(tmp_path))
+    assert storage.is_folder(f"{bucket}/pages/a/b") and storage.is_folder(bucket)
+    assert not storage.is_folder(f"{bucket}/pages/a b") and not storage.is_folder("s3://no-such-bucket")
+    shared, name = remote.filesystem(f"{bucket}/pages")
+    assert all("LastModified" in item for item in shared.find(name, detail=True).values())
