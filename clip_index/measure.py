@@ -24,7 +24,7 @@ from clip_index.vectors import Vectors
 
 _KS = (1, 10, 100)
 _MARGIN = 0.3  # aim that share of what is left to 1 higher: the other half of the queries may be harder
-_MORE_STEPS = 2  # with more lists fewer candidates may do
+MORE_STEPS = 2  # with more lists fewer candidates may do
 
 
 def measure(
@@ -84,21 +84,29 @@ def _half(
 def _tune(
     opened: TwoStage, vectors: Vectors, queries: Queries, truth: tuple[np.ndarray, np.ndarray], target: float
 ) -> Point:
-    scores, rows = truth
-    good, aim = recall.reaching(scores, 10), target + _MARGIN * (1 - target)
-    measured, more = [], _MORE_STEPS
+    aim = target + _MARGIN * (1 - target)
+    measured, more = [], MORE_STEPS
     for nprobe in points.grid(opened.lists):
-        wanted = min(opened.rows, points.DEEPEST + 1)
-        estimates, found = opened.coarse(queries.vectors, wanted, Point(nprobe, wanted))
-        found, estimates = recall.without_own(found, queries.own, points.DEEPEST, estimates)
-        exact = recall.scores_of(vectors, queries.vectors, found[:, : points.FIRST])
-        tried = points.outcomes(estimates, exact, found, rows, good, 10)
-        measured += [(Point(nprobe, depth, margin), reached, compared) for depth, margin, reached, compared in tried]
-        if max(reached for _, _, reached, _ in tried) >= aim:
+        tried = try_lists(opened, vectors, queries, truth, nprobe)
+        measured += tried
+        if max(reached for _, reached, _ in tried) >= aim:
             more -= 1
             if more < 0:
                 break
     return points.cheapest(measured, aim, opened.rows, opened.lists, opened.dim)
+
+
+def try_lists(
+    opened: TwoStage, vectors: Vectors, queries: Queries, truth: tuple[np.ndarray, np.ndarray], nprobe: int
+) -> list[tuple[Point, float, float]]:
+    """(point, mean recall@10, mean rows compared) of each way to re-rank what is found in so many lists."""
+    scores, rows = truth
+    wanted = min(opened.rows, points.DEEPEST + 1)
+    estimates, found = opened.coarse(queries.vectors, wanted, Point(nprobe, wanted))
+    found, estimates = recall.without_own(found, queries.own, points.DEEPEST, estimates)
+    exact = recall.scores_of(vectors, queries.vectors, found[:, : points.FIRST])
+    tried = points.outcomes(estimates, exact, found, rows, recall.reaching(scores, 10), 10)
+    return [(Point(nprobe, depth, margin), reached, compared) for depth, margin, reached, compared in tried]
 
 
 def _lists(opened: TwoStage) -> dict[str, Any]:

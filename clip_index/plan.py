@@ -1,39 +1,27 @@
 """What an index of so many rows would take, before there are any: family, bytes, time, how many parts and machines.
 
 1. The family, its bytes and its training sample follow from the number of rows and dimensions as in a build.
-2. Rates are measured here and now on random vectors: arithmetic, encoding, gathering and writing.
+2. Rates are measured here and now on random vectors (`clip_index.rates`).
 3. Time is the work of each step over its rate. Where the codes exceed the memory, the rows are split into parts of
    equal size, an index each, to be built one after the other or on a machine each.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
-import tempfile
-import time
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
-from clip_index import families, partition, two_stage_build
+from clip_index import families, partition, points, two_stage_build
+from clip_index.measure import MORE_STEPS
+from clip_index.rates import Rates, measure_rates
 from clip_index.types import UsageError
 
 _USABLE = 0.8  # of the memory: the rest is for what is not the index
-_PROBE_ROWS, _PROBE_LISTS = 65_536, 4096  # as a build adds them at 1M rows
-_WRITE_PROBE = 64 << 20
 _QUERIES = 2000  # of both kinds: what a build measures with
-
-
-@dataclass(frozen=True)
-class Rates:
-    """What this machine does in a second: arithmetic, rows times dimensions encoded, bytes written with checksum."""
-
-    flops: float
-    encoded: float
-    written: float
+_TYPICAL_LISTS = 64  # to look into: fewer or more are found when an index is tuned
+_SEARCHES = 2500  # in a batch; those of one thread, of which there are fewer, take longer
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -46,7 +34,6 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def plan(rows: int, dim: int, memory: int, rates: Rates | None = None) -> dict[str, Any]:
     """The plan for one modality; without `rates` they are measured, which takes some seconds."""
-    rates = rates or measure_rates(dim)
     usable = int(memory * _USABLE)
     parts = 1
     while _build_bytes(math.ceil(rows / parts), dim, usable) > usable:
@@ -58,6 +45,7 @@ def plan(rows: int, dim: int, memory: int, rates: Rates | None = None) -> dict[s
     exact = not families.is_two_stage(engine, key)
     lists = 0 if exact else two_stage_build.lists_for(each)
     sample = two_stage_build.SAMPLE_PER_LIST * lists
+    rates = rates or measure_rates(dim, max(1, each // max(1, lists)))
     steps = _seconds(each, dim, lists, rates)
     resident = 2 * dim * each if exact else two_stage_build.search_bytes(each, dim, lists)
     disk = 2 * dim * each if exact else two_stage_build.disk_bytes(each, dim, lists)
@@ -76,7 +64,7 @@ def plan(rows: int, dim: int, memory: int, rates: Rates | None = None) -> dict[s
         "disk_bytes_per_part": disk,
         "seconds": steps,
         "seconds_per_part": sum(steps.values()),
-        "rates": {"flops": rates.flops, "encoded": rates.encoded, "written": rates.written},
+        "rates": asdict(rates),
     }
 
 
@@ -88,61 +76,23 @@ def _build_bytes(rows: int, dim: int, memory: int) -> int:
 
 
 def _seconds(rows: int, dim: int, lists: int, rates: Rates) -> dict[str, float]:
-    measured = 2.0 * _QUERIES * rows * dim / rates.flops
+    exact = _QUERIES * rows / rates.compared
     if not lists:
-        return {"write": 2 * dim * rows / rates.written, "measure": measured}
+        return {"write": 2 * dim * rows / rates.hashed, "measure": exact}
     sample, groups = two_stage_build.SAMPLE_PER_LIST * lists, partition.group_count(lists)
     compared = partition.compared(lists)
-    train = sample * (dim + groups + 6 * lists / groups + 3 * compared) + 4 * 10 * lists * groups
-    add = rows * (dim + compared)
-    written = rows * (2 * dim + two_stage_build.code_bytes(dim) + 12)
+    train = sample * (groups + 6 * lists / groups + 3 * compared) + 4 * 10 * lists * groups
+    tried = [count for count in points.grid(lists) if count <= _TYPICAL_LISTS]
+    tried += points.grid(lists)[len(tried) :][:MORE_STEPS]
     return {
         "train": 2.0 * dim * train / rates.flops,
-        "add": 2.0 * dim * add / rates.flops + rows * dim / rates.encoded,
-        "write": written / rates.written,
-        "measure": measured,
+        "add": 2.0 * dim * rows * compared / rates.flops,
+        "write": rows / rates.encoded,
+        "exact search": exact,
+        "tune": _QUERIES / 2 * sum(rates.query_s + count * rates.list_s for count in tried),
+        "measure": _SEARCHES * rates.search_s,
+        "commit": two_stage_build.disk_bytes(rows, dim, lists) / rates.hashed,
     }
-
-
-def measure_rates(dim: int) -> Rates:
-    """Measure this machine with vectors of so many dimensions."""
-    import faiss
-
-    rows = np.random.default_rng(0).standard_normal((_PROBE_ROWS, dim), dtype=np.float32)
-    centroids = rows[:_PROBE_LISTS].copy()
-
-    def best(work: Any) -> float:
-        times = []
-        for _ in range(3):
-            started = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - started)
-        return min(times)
-
-    parts = partition.Partition(centroids)
-    pairs = _PROBE_ROWS * partition.compared(_PROBE_LISTS)
-    flops = 2.0 * dim * pairs / best(lambda: parts.assign(rows))
-    quantizer = faiss.IndexFlatL2(dim)
-    quantizer.add(centroids)
-    index = faiss.IndexIVFRaBitQ(quantizer, dim, _PROBE_LISTS, faiss.METRIC_INNER_PRODUCT)
-    index.train(centroids)
-    numbers, lists = np.arange(_PROBE_ROWS), parts.assign(rows)
-    pointers = [faiss.swig_ptr(array) for array in (rows, numbers, lists)]
-
-    def encode() -> None:
-        rows.astype(np.float16).astype(np.float32)
-        index.add_core(len(rows), *pointers)
-
-    encoded = rows.size / best(encode)
-    data = np.zeros(_WRITE_PROBE, np.uint8)
-    places = np.random.default_rng(1).permutation(_WRITE_PROBE // 1024)
-
-    def write() -> None:
-        with tempfile.TemporaryFile() as file:
-            file.write(hashlib.sha256(data.reshape(-1, 1024)[places]).digest())
-            file.write(data)
-
-    return Rates(flops, encoded, _WRITE_PROBE / best(write))
 
 
 def format_plan(planned: dict[str, Any]) -> str:

@@ -53,8 +53,8 @@ ROOMS = {
     ),
     "index": Room(
         "index index_folder index_writer families partition two_stage two_stage_build inverted_file opened points "
-        "measure plan source speed steps metadata vectors recall report autofaiss_compat selection conditions matrix "
-        "duplicates",
+        "measure plan rates source speed steps metadata vectors recall report autofaiss_compat selection conditions "
+        "matrix duplicates",
         top="types storage locations store numpy",
         late="faiss autofaiss embedding_reader pyarrow duckdb",
     ),

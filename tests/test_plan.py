@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from clip_index.plan import Rates, format_plan, measure_rates, parse_size, plan
+from clip_index import partition, rates
+from clip_index.plan import format_plan, parse_size, plan
+from clip_index.rates import Rates
 from clip_index.types import UsageError
 
-RATES = Rates(flops=1e11, encoded=1e8, written=1e9)
+RATES = Rates(flops=1e11, encoded=2e5, compared=2e8, query_s=1e-3, list_s=1e-5, search_s=1e-3, hashed=1e9)
 
 
 def test_sizes_as_people_write_them():
@@ -23,9 +25,28 @@ def test_bytes_by_hand():
     assert planned["memory_bytes_per_part"] == 72 * 10**6 + 4096 * 1024 + 512 * 512 * 4
     assert planned["memory_bytes_per_vector"] < 80
     assert planned["disk_bytes_per_part"] == planned["memory_bytes_per_part"] + 10**6 * (1024 + 12)
-    # 1,000,000 rows of 1,108 bytes at 1 GB/s; 2,000 queries of 512 multiplications and additions with each row
-    assert planned["seconds"]["write"] == pytest.approx(1.108)
-    assert planned["seconds"]["measure"] == pytest.approx(2 * 2000 * 512 * 1e6 / 1e11)
+    # by hand: sixteen bytes a row; 14 times 4,096 centroids and two rotations of float32; three samples of float32
+    held = 16 * 10**6 + 14 * 4096 * 2048 + 2 * 512 * 2048 + 3 * 131072 * 2048
+    assert planned["build_bytes_per_part"] == held
+
+
+def test_seconds_by_hand():
+    seconds = plan(1_000_000, 512, 4 << 30, RATES)["seconds"]
+    assert seconds["add"] == pytest.approx(2 * 512 * 1e6 * partition.compared(4096) / 1e11)
+    assert seconds["write"] == pytest.approx(1e6 / 2e5)
+    assert seconds["exact search"] == pytest.approx(2000 * 1e6 / 2e8)
+    # 1,000 queries look into 4 to 64 lists in eight steps, then into 96 and 128
+    assert seconds["tune"] == pytest.approx(
+        1000 * (10 * 1e-3 + (4 + 8 + 12 + 16 + 24 + 32 + 48 + 64 + 96 + 128) * 1e-5)
+    )
+    assert seconds["measure"] == pytest.approx(2.5)
+    assert seconds["commit"] == pytest.approx((72 * 10**6 + 4096 * 1024 + 2**20 + 1036 * 10**6) / 1e9)
+
+
+def test_memory_bounds_the_sample_and_not_the_rows():
+    tight = plan(10**8, 512, 10 << 30, RATES)
+    assert tight["parts"] == 1 and tight["build_bytes_per_part"] <= 0.8 * (10 << 30)
+    assert tight["memory_bytes_per_part"] <= 0.8 * (10 << 30)
 
 
 def test_a_thousand_million_rows_are_split():
@@ -43,8 +64,13 @@ def test_few_rows_are_searched_exactly():
     assert "SQfp16" in format_plan(planned)
 
 
-def test_rates_are_those_of_a_machine():
-    rates = measure_rates(32)
-    assert 1e7 < rates.flops < 1e14
-    assert 1e5 < rates.encoded < 1e12
-    assert 1e6 < rates.written < 1e12
+def test_rates_are_those_of_a_machine(monkeypatch):
+    monkeypatch.setattr(rates, "_ROWS", 4096)
+    monkeypatch.setattr(rates, "_LISTS", 256)
+    monkeypatch.setattr(rates, "_QUERIES", 200)
+    found = rates.measure_rates(32)
+    assert 1e6 < found.flops < 1e14
+    assert 1e3 < found.encoded < 1e9
+    assert 1e5 < found.compared < 1e13
+    assert 0 <= found.query_s < 1 and 0 <= found.list_s < 1 and 0 < found.search_s < 1
+    assert 1e5 < found.hashed < 1e12
