@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import re
 from collections.abc import Iterator
@@ -24,8 +25,8 @@ _KEYS = re.compile(
 
 
 def supports(index_key: str) -> bool:
-    """Whether autofaiss's own factory makes this family; faiss makes many more."""
-    return _KEYS.fullmatch(index_key) is not None
+    """Whether autofaiss is there and its own factory makes this family; faiss makes many more."""
+    return importlib.util.find_spec("autofaiss") is not None and _KEYS.fullmatch(index_key) is not None
 
 
 class _Faiss:
@@ -101,10 +102,17 @@ def build(
     """(faiss index, key, search parameters) over the npy files of a folder, inner product, within `memory` bytes.
 
     `available` is what the build may hold, where that is more than the index. Without a key autofaiss chooses one.
-    Raises ClipIndexError with autofaiss's reason.
+    Raises ClipIndexError with autofaiss's reason, or where it is not installed.
     """
-    import autofaiss
     import faiss
+
+    try:
+        import autofaiss
+    except ModuleNotFoundError as error:
+        raise ClipIndexError(
+            f"{error.name} is not installed: --engine autofaiss needs it, and no release of autofaiss is for Python "
+            "3.13 and later; leave the flag out to build with faiss"
+        ) from error
 
     with opq_keywords(), _quiet(verbose) as errors:
         try:
@@ -117,7 +125,7 @@ def build(
                 current_memory_available=f"{available or memory}B",
                 nb_cores=faiss.omp_get_max_threads(),
             )
-        except (ValueError, RuntimeError, AssertionError) as error:
+        except (ValueError, RuntimeError, AssertionError, LookupError) as error:
             raise ClipIndexError(f"autofaiss cannot build an index over {vectors_path}: {_line(error)}") from error
     if index is None or infos is None:
         raise ClipIndexError(f"autofaiss cannot build an index over {vectors_path}: {errors.message}")

@@ -184,6 +184,15 @@ def test_autofaiss_failing_is_an_error_with_its_reason(tmp_path, capsys):
     assert not os.path.exists(tmp_path / "i/clip_index.json")
 
 
+def test_without_autofaiss_its_keys_are_built_by_faiss(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "autofaiss", None)
+    make_embeddings(tmp_path / "e", {"image": random_rows(600)})
+    report = build_index(str(tmp_path / "e"), str(tmp_path / "i"), index_key="IVF8,Flat")
+    assert report["indices"]["image"]["engine"] == "faiss"
+    with pytest.raises(ClipIndexError, match="autofaiss is not installed: --engine autofaiss needs it"):
+        build_index(str(tmp_path / "e"), str(tmp_path / "j"), engine="autofaiss")
+
+
 def test_faiss_failing_is_an_error_with_its_reason(tmp_path):
     make_embeddings(tmp_path / "e", {"image": random_rows(30)})
     with pytest.raises(ClipIndexError, match=r"faiss cannot build bogus.*could not parse"):
