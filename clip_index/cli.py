@@ -19,6 +19,7 @@ from clip_index.command import Program
 from clip_index.console import beside, count, note, print_json, suggest
 from clip_index.convert import convert
 from clip_index.dedup import dedup
+from clip_index.download import download
 from clip_index.export import export
 from clip_index.filter import filter
 from clip_index.query import query
@@ -51,7 +52,7 @@ def embed(
     image_column: str | None = None,
     caption_column: str | None = None,
     devices: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto",
     decode: Literal["exact", "fast"] = "exact",
     batch_size: int = 32,
     rows_per_shard: int = 10_000,
@@ -253,6 +254,7 @@ PROGRAM = Program(
     ),
     commands={
         "demo": demo,
+        "download": download,
         "embed": embed,
         "finalize": finalize,
         "build-index": build_index,

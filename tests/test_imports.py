@@ -30,7 +30,7 @@ ROOMS = {
     "types": Room("types _version", top="numpy"),
     "storage": Room("storage remote listing", top="types", late="fsspec braceexpand"),
     "locations": Room("locations", top="types storage"),
-    "store": Room("store shard_writer verify columns", top="types storage numpy", late="pyarrow"),
+    "store": Room("store markers shard_writer verify columns", top="types storage numpy", late="pyarrow"),
     "readers": Room("readers", top="types storage", late="pyarrow"),
     "preprocess": Room("preprocess decode", top="types numpy PIL simplejpeg", late="torch"),
     "clip": Room(
@@ -38,12 +38,13 @@ ROOMS = {
         top="types storage locations preprocess numpy torch",
         late="safetensors huggingface_hub ftfy regex tokenizers onnx onnxruntime",
     ),
+    "sample": Room("sample_pairs", top=""),
     "encoders": Room(
         "encoders",
-        top="types preprocess clip numpy torch safetensors tokenizers",
+        top="types preprocess clip sample numpy torch safetensors tokenizers",
         late="open_clip transformers",
     ),
-    "gates": Room("gates", top="types numpy", late="encoders preprocess PIL"),
+    "gates": Room("gates", top="types sample numpy", late="encoders preprocess PIL"),
     "executors": Room("executors cluster", top="types"),
     "spark": Room("spark", top="types executors", late="pyspark py4j pyarrow"),
     "embed": Room(
@@ -54,7 +55,7 @@ ROOMS = {
     "index": Room(
         "index index_folder index_writer families partition two_stage two_stage_build inverted_file opened points "
         "measure plan rates source speed steps metadata vectors recall report autofaiss_compat selection conditions "
-        "matrix duplicates",
+        "matrix duplicates regrow",
         top="types storage locations store numpy",
         late="faiss autofaiss embedding_reader pyarrow duckdb",
     ),
@@ -68,13 +69,18 @@ ROOMS = {
         top="types storage locations store index search numpy",
         late="faiss pyarrow lance pymilvus qdrant_client",
     ),
+    "download": Room(
+        "downloads download_options download_folder url_lists url_tables img2dataset_process",
+        top="types storage",
+        late="pyarrow img2dataset",
+    ),
     "show": Room("render terminal sheet thumbnails", top="types storage", late="preprocess PIL"),
     "cli": Room(
-        "__init__ __main__ cli build query filter dedup change "
+        "__init__ __main__ cli build download download_report query filter dedup change "
         "convert export embed_report command arguments front_door "
         "console",
-        top="_version",
-        late="types storage store readers clip encoders gates embed index search life show demo fire",
+        top="_version download_options",
+        late="types storage locations store readers clip encoders gates embed index search life download show demo fire",
     ),
     "demo": Room("demo", top="cli storage show", late="readers embed index search"),
 }
