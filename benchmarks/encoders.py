@@ -5,7 +5,8 @@
 One process, the same random weights for all; every candidate runs once a round, and the best round counts. open_clip
 has all threads of torch for one batch, as it runs by itself; ours has a thread a core, a batch each, as `clip-index
 embed` runs it. open_clip's time has no preprocessing and no tokens in it; ours begins with bytes and with texts. int8
-is what `clip-index export` writes, through onnxruntime, and through OpenVINO where that is installed.
+is `--precision int8`, and beside it what `clip-index export` writes, through onnxruntime, and through OpenVINO where
+that is installed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 import peers
 
+from clip_index.clip.int8 import can_int8
 from clip_index.embed_job import cores
 from clip_index.encoders import load_encoder
 from clip_index.export import export
@@ -87,7 +89,7 @@ def load(model: torch.nn.Module) -> dict[str, Encoder]:
         checkpoint = f"ViT-B-32-gelu/{folder}/weights.pt"
         encoders = {
             precision: load_encoder(checkpoint, device="cpu", precision=precision, threads=1)
-            for precision in ("fp32", "bf16")
+            for precision in ("fp32", "bf16", *(["int8"] if can_int8() else []))
         }
         return encoders | export_int8(checkpoint, f"{folder}/int8")
 

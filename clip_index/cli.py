@@ -85,7 +85,7 @@ def embed(
         image_column: the parquet column with picture bytes or paths
         caption_column: the parquet column with captions
         devices: where the model runs, a worker each: cpu, cpu*4, cuda, cuda:0,cuda:1; auto takes every GPU
-        precision: the number format that the model computes in
+        precision: the number format that the model computes in; int8 is for CLIP on CPUs and is never auto
         decode: fast shrinks large JPEGs while it decodes them; `clip-index models --check` says what it costs
         batch_size: samples that go through the model at once
         rows_per_shard: rows of a shard, where the input does not decide it

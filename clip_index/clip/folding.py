@@ -20,7 +20,7 @@ from clip_index.clip.model import (
 )
 from clip_index.preprocess import Preprocess
 
-_MIDDLE = 128
+MIDDLE = 128
 """Taken from each byte before it is multiplied: the difference is exact in every float type, and small."""
 
 
@@ -74,18 +74,22 @@ class ByteTransformer(nn.Module):
         mean, std = _pixel_statistics(preprocess)
         # [width, 3, p, p] to [width, p, p, 3], as the bytes lie
         weight = visual.conv1.weight.detach().double().permute(0, 2, 3, 1) / std
-        bias = (weight * (_MIDDLE - mean)).sum(dim=(1, 2, 3))
+        bias = (weight * (MIDDLE - mean)).sum(dim=(1, 2, 3))
         self.embedding = nn.Linear(weight[0].numel(), len(weight), bias=False)
         self.embedding.weight = nn.Parameter(weight.flatten(1).float(), requires_grad=False)
         self.register_buffer("bias", bias.float())
 
     def forward(self, images: Tensor) -> Tensor:
+        patches = self.patches(images).to(self.embedding.weight.dtype)
+        return self.visual.encode_patches(self.embedding(patches.sub_(MIDDLE)) + self.bias)
+
+    def patches(self, images: Tensor) -> Tensor:
+        """The bytes of each patch, uint8 [n, grid * grid, patch * patch * 3], row by row."""
         n, height, width, _ = images.shape
         p = self.patch
         rows, columns = height // p, width // p
-        images = images[:, : rows * p, : columns * p].reshape(n, rows, p, columns, p, 3)
-        patches = images.transpose(2, 3).reshape(n, rows * columns, -1).to(self.embedding.weight.dtype)
-        return self.visual.encode_patches(self.embedding(patches.sub_(_MIDDLE)) + self.bias)
+        images = images[:, : rows * p, : columns * p].reshape(n, rows, p, columns, p * 3)
+        return images.transpose(2, 3).reshape(n, rows * columns, -1)
 
 
 class ByteResNet(nn.Module):

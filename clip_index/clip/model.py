@@ -149,6 +149,10 @@ class VisionTransformer(nn.Module):
         x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x.to(self.class_embedding.dtype)], dim=1)
         if self.positional_embedding is not None:
             x = x + self.positional_embedding
+        return self.encode_positions(x)
+
+    def encode_positions(self, x: Tensor) -> Tensor:
+        """Features [n, embed_dim] of the class token and the patches, positions added, [n, 1 + grid * grid, width]."""
         x = self.transformer(self.ln_pre(x))
         return self.ln_post(x[:, 0]) @ self.proj
 

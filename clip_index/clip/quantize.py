@@ -43,10 +43,16 @@ def smooth(tower: nn.Module, run: Callable[[], object]) -> None:
         hook.remove()
     for block in blocks:
         for norm, weight in ((block.ln_1, block.attn.in_proj_weight), (block.ln_2, block.mlp.c_fc.weight)):
-            scale = (most[norm].clamp(min=1e-5) / weight.abs().amax(dim=0).clamp(min=1e-5)).sqrt()
-            norm.weight.div_(scale)
-            norm.bias.div_(scale)
-            weight.mul_(scale)
+            even_out(norm, weight, most[norm])
+
+
+def even_out(norm: nn.LayerNorm, weight: Tensor, most: Tensor) -> Tensor:
+    """What the channels [k] of a norm, of the largest magnitudes `most`, are divided by, and the matrix multiplied."""
+    scale = (most.clamp(min=1e-5) / weight.abs().amax(dim=0).clamp(min=1e-5)).sqrt()
+    norm.weight.div_(scale)
+    norm.bias.div_(scale)
+    weight.mul_(scale)
+    return scale
 
 
 def quantize(path: str, inputs: Sequence[np.ndarray]) -> tuple[ModelProto, int, int]:
@@ -64,7 +70,7 @@ def quantize(path: str, inputs: Sequence[np.ndarray]) -> tuple[ModelProto, int, 
     matrices = {tensor.name: tensor for tensor in graph.initializer if len(tensor.dims) == 2}
     products = [at for at, node in enumerate(graph.node) if node.op_type == "MatMul" and node.input[1] in matrices]
     ranges = _ranges(model, folder, sorted({graph.node[at].input[0] for at in products}), inputs)
-    chosen = {at for at in products[:-1] if _fits(*ranges[graph.node[at].input[0]])}
+    chosen = {at for at in products[:-1] if fits(*ranges[graph.node[at].input[0]])}
     nodes, constants, rounded = [], {}, set()
     for at, node in enumerate(graph.node):
         if at in chosen:
@@ -122,7 +128,8 @@ def _ranges(
     return dict(zip(names, zip(least.tolist(), largest.tolist(), magnitude.tolist(), strict=True), strict=True))
 
 
-def _fits(least: float, largest: float, magnitude: float) -> bool:
+def fits(least: float, largest: float, magnitude: float) -> bool:
+    """Whether 255 steps from the least to the largest value are fine enough for values of a mean magnitude."""
     # steps of equal width have a rounding error of their width / sqrt(12)
     return magnitude * 12**0.5 >= _LEAST_SIGNAL * (largest - least) / 255 > 0
 

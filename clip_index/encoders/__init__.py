@@ -80,10 +80,11 @@ def load_encoder(
 ) -> Encoder:
     """Load a model by name, or the towers of it that are needed.
 
-    `device` is auto, cpu, cuda or cuda:N. `precision` is fp32, bf16, fp16 (CUDA only), or auto: the fastest that the
-    device has instructions for. `towers` names what will be encoded, `image` and `text`. `threads`, where given, sets
-    the number of CPU threads that torch uses in this process. `decode` is exact, or fast: libjpeg-turbo halves a large
-    JPEG up to three times while it decodes. Raises UsageError for an unknown name or choice.
+    `device` is auto, cpu, cuda or cuda:N. `precision` is fp32, bf16, fp16 (CUDA only), int8 (CPU only, native
+    transformers), or auto: the fastest of the first three that the device has instructions for. `towers` names what
+    will be encoded, `image` and `text`. `threads`, where given, sets the number of CPU threads that torch uses in this
+    process. `decode` is exact, or fast: libjpeg-turbo halves a large JPEG up to three times while it decodes. Raises
+    UsageError for an unknown name or choice.
     """
     module = _module(name)
     if not towers or set(towers) - set(MODALITIES):
@@ -107,7 +108,8 @@ def precisions(name: str, device: str = "auto") -> tuple[str, tuple[str, ...]]:
     """
     from clip_index.encoders.runtime import PRECISIONS, resolve_device, resolve_precision
 
-    if _module(name) == "onnx":
+    module = _module(name)
+    if module == "onnx":
         from clip_index.encoders.onnx import read_config
 
         told = read_config(name.partition(":")[2])
@@ -116,7 +118,7 @@ def precisions(name: str, device: str = "auto") -> tuple[str, tuple[str, ...]]:
     possible = []
     for precision in PRECISIONS[1:]:
         with contextlib.suppress(UsageError):
-            possible.append(resolve_precision(precision, where))
+            possible.append(resolve_precision(precision, where, int8=module == "clip"))
     return name, tuple(possible)
 
 

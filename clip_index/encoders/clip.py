@@ -7,23 +7,28 @@ unit rows in the order given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from clip_index.clip.folding import byte_tower, fold, lower_precision
+from clip_index.clip.int8 import pack_int8
 from clip_index.clip.loading import absolute_name, fingerprint, load_model
-from clip_index.clip.model import CLIP
+from clip_index.clip.model import CLIP, VisionTransformer
 from clip_index.clip.packed import pack
 from clip_index.clip.tokenizer import tokenize
 from clip_index.encoders.batches import Batches
 from clip_index.encoders.library import check_images
-from clip_index.encoders.runtime import DTYPES, resolve_device, resolve_precision
+from clip_index.encoders.runtime import DTYPES, float_precision, resolve_device, resolve_precision
 from clip_index.preprocess import Preprocess
+from clip_index.sample_pairs import sample
+from clip_index.types import UsageError
 
 _STEP = {"cpu": 4, "cuda": 16}
 """Texts whose lengths round up to the same multiple go together."""
+_CALIBRATION = (64, 2)
+"""The sample pairs to calibrate on: how many, and the first."""
 
 
 class ClipEncoder:
@@ -53,9 +58,13 @@ class ClipEncoder:
         # The image tower leaves the model, so that each can be there without the other.
         visual, model.visual = model.visual, torch.nn.Identity()
         if "image" in towers:
-            self._image = prepare(byte_tower(fold(visual), preprocess), precision, device)
+            tower = byte_tower(fold(visual), preprocess)
+            self._image = prepare(tower, precision, device, lambda: [tower(block) for block in _pixels(preprocess)])
         if "text" in towers:
-            self._text = prepare(fold(model), precision, device)
+            fold(model)
+            self._text = prepare(
+                model, precision, device, lambda: [model.encode_text(row) for row in _tokens(self._context_length)]
+            )
 
     def encode_image(self, images: np.ndarray) -> np.ndarray:
         """uint8 [n, size, size, 3] to float32 [n, dim], unit rows."""
@@ -76,10 +85,29 @@ class ClipEncoder:
         return vectors
 
 
-def prepare(tower: torch.nn.Module, precision: str, device: torch.device) -> torch.nn.Module:
-    """A folded tower as it runs on a device."""
+def prepare(
+    tower: torch.nn.Module,
+    precision: str,
+    device: torch.device,
+    calibrate: Callable[[], object] = lambda: None,
+) -> torch.nn.Module:
+    """A folded tower as it runs on a device. For int8, `calibrate` puts typical inputs through it."""
+    if precision == "int8":
+        return pack_int8(tower, calibrate, DTYPES[float_precision(device)])
     tower = lower_precision(tower, DTYPES[precision])
     return pack(tower) if device.type == "cpu" else tower.to(device)
+
+
+def _pixels(preprocess: Preprocess) -> Iterator[torch.Tensor]:
+    """Sample pictures for the calibration, one at a time: others than those that `gates.check` measures with."""
+    pictures, _ = sample(*_CALIBRATION)
+    yield from (torch.from_numpy(preprocess(data)[0])[None] for data in pictures[::4])
+
+
+def _tokens(context_length: int) -> Iterator[torch.Tensor]:
+    """Sample captions for the calibration, one at a time."""
+    _, captions = sample(*_CALIBRATION)
+    yield from (tokenize(caption, context_length, truncate=True) for caption in captions)
 
 
 def groups_of_similar_length(lengths: np.ndarray, step: int) -> Iterator[np.ndarray]:
@@ -89,10 +117,18 @@ def groups_of_similar_length(lengths: np.ndarray, step: int) -> Iterator[np.ndar
     yield from (rows for rows in np.split(order, np.flatnonzero(np.diff(multiples)) + 1) if len(rows))
 
 
+def has_int8(model: CLIP) -> bool:
+    """Whether both towers are transformers."""
+    config = model.config
+    return isinstance(model.visual, VisionTransformer) and not (config.vision.mixer or config.text.mixer)
+
+
 def load(name: str, *, device: str, precision: str, towers: tuple[str, ...]) -> ClipEncoder:
     """The encoder of published weights or of a checkpoint, named as for `clip_index.clip.loading.load_model`."""
     where = resolve_device(device)
-    precision = resolve_precision(precision, where)
+    precision = resolve_precision(precision, where, int8=True)
     model, preprocess = load_model(name)
+    if precision == "int8" and not has_int8(model):
+        raise UsageError(f"int8 is for transformers, and {name} has another architecture: choose bf16 or fp32")
     kwargs = {"name": absolute_name(name), "fingerprint": fingerprint(model), "precision": precision}
     return ClipEncoder(model, preprocess, device=where, towers=towers, **kwargs)
