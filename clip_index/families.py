@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
-from clip_index import autofaiss_compat, two_stage_build
+from clip_index import autofaiss_compat, regrow, two_stage_build
+from clip_index.matrix import Matrix
 from clip_index.steps import Steps
 from clip_index.types import ClipIndexError
 from clip_index.vectors import Vectors
@@ -52,7 +55,8 @@ def make(
 ) -> tuple[str, str]:
     """Write the files of an index over all rows in order, `path` giving the place of each; (key, search parameters).
 
-    `like` is the file of an index of two stages whose lists are taken instead of trained ones.
+    `like` is the file of an index that was built before: of two stages its lists are taken instead of trained ones; of
+    one stage it is taken as it is, and the rows that come after its own are added.
     """
     if engine != "autofaiss" and (found := _TWO_STAGE.fullmatch(key or "")):
         lists = min(int(found[1]), vectors.rows)
@@ -60,9 +64,12 @@ def make(
             two_stage_build.build(vectors, path, lists, memory, steps, like)
         return key, ""
     parameters = ""
-    if engine == "autofaiss":
-        with steps.timed("build"):
-            built, key, parameters = autofaiss_compat.build(vectors.path, index_key=key, memory=memory, verbose=verbose)
+    if like:
+        with _faiss_failing(f"faiss cannot add rows to {key}"):
+            built, parameters = regrow.grown(like, vectors, steps)
+    elif engine == "autofaiss":
+        with steps.timed("build"), _as_files(vectors) as folder:
+            built, key, parameters = autofaiss_compat.build(folder, index_key=key, memory=memory, verbose=verbose)
     else:
         key = key or EXACT_KEY
         with _faiss_failing(f"faiss cannot build {key} over {vectors.rows} rows"):
@@ -77,6 +84,18 @@ def make(
     with steps.timed("write"), _faiss_failing("cannot write the index", "; what was there stands"):
         faiss.write_index(built, path("index"))
     return key, parameters
+
+
+@contextmanager
+def _as_files(vectors: Matrix) -> Iterator[str]:
+    """A folder with the vectors as .npy files: their own, or one for as long as it is needed."""
+    if vectors.path is not None:
+        yield vectors.path
+        return
+    with tempfile.TemporaryDirectory(prefix="clip-index-") as folder:
+        for start, block in vectors.blocks():
+            np.save(os.path.join(folder, f"rows_{start:015d}.npy"), block.astype(np.float16))
+        yield folder
 
 
 @contextmanager

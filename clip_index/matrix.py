@@ -15,6 +15,10 @@ class Matrix(Protocol):
 
     rows: int
     dim: int
+    exact: bool
+    """Whether these are the vectors themselves, not what codes say of them."""
+    path: str | None
+    """A folder whose .npy files hold just these rows, where there is one."""
 
     def take(self, rows: np.ndarray, dtype: type = np.float32) -> np.ndarray: ...
 
@@ -28,6 +32,7 @@ class Stored(Protocol):
 
     rows: int
     dim: int
+    exact: bool
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray: ...
 
@@ -37,9 +42,12 @@ class Stored(Protocol):
 class IndexMatrix:
     """The rows of an open index, those of a rising list where one is given. Safe to share between threads."""
 
+    path = None
+
     def __init__(self, index: Stored, picked: np.ndarray | None = None):
         self._index, self._picked = index, picked
         self.rows, self.dim = index.rows if picked is None else len(picked), index.dim
+        self.exact = index.exact
 
     def take(self, rows: np.ndarray, dtype: type = np.float32) -> np.ndarray:
         """[n, dim] of `dtype`: the given rows in the given order."""
@@ -62,13 +70,28 @@ class IndexMatrix:
             yield numbers, block
 
 
+class AsStored:
+    """A matrix in place of an open index, to pick rows of."""
+
+    def __init__(self, matrix: Matrix):
+        self.rows, self.dim, self.exact, self.vectors_of = matrix.rows, matrix.dim, matrix.exact, matrix.take
+
+    def stored(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """(row numbers int64 [n], vectors float32 [n, dim]) from one row to another."""
+        rows = np.arange(start, end)
+        return rows, self.vectors_of(rows)
+
+
 class JoinedMatrix:
     """Several matrices of the same dimension, one below the other."""
+
+    path = None
 
     def __init__(self, parts: Sequence[Matrix]):
         self._parts = list(parts)
         self._starts = np.cumsum([0, *(part.rows for part in parts)], dtype=np.int64)
         self.rows, self.dim = int(self._starts[-1]), parts[0].dim
+        self.exact = all(part.exact for part in parts)
 
     def take(self, rows: np.ndarray, dtype: type = np.float32) -> np.ndarray:
         """[n, dim] of `dtype`: the given rows in the given order."""

@@ -31,7 +31,7 @@ def measure(
     opened: Opened, vectors: Vectors, held_out: list[Queries], target: float, steps: Steps
 ) -> tuple[dict[str, Any], dict[str, Point]]:
     """(what report.json says, operating points by kind of query) of an opened index."""
-    part: dict[str, Any] = {"recall": {}}
+    part: dict[str, Any] = {"recall": {}, "recall_against": "vectors" if vectors.exact else "codes"}
     with steps.timed("exact search"):
         truths = _truths(vectors, held_out)
     chosen: dict[str, Point] = {}

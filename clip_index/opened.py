@@ -6,6 +6,7 @@ where rows come out of an index, and both classes number rows as the metadata do
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,7 @@ from clip_index.selection import parameters
 from clip_index.two_stage import ROWS, VECTORS, TwoStage
 from clip_index.types import ClipIndexError
 
-_EXACT = ("IndexFlat", "IndexFlatIP", "IndexScalarQuantizer", "IndexHNSWFlat")
+_EXACT = ("IndexFlat", "IndexFlatIP", "IndexHNSWFlat", "IndexIVFFlat")
 
 
 class Opened(Protocol):
@@ -42,7 +43,8 @@ class OneStage:
     def __init__(self, index: Any):
         self._index = index
         self.rows, self.dim = index.ntotal, index.d
-        self.exact = type(index).__name__ in _EXACT
+        self.exact = _holds_vectors(index)
+        self._lock = threading.Lock()
 
     def search(
         self, queries: np.ndarray, k: int, point: Point | None = None, *, selector: Any = None, widen: float = 1.0
@@ -56,7 +58,13 @@ class OneStage:
 
     def vectors_of(self, rows: np.ndarray) -> np.ndarray:
         """The vectors float32 [n, dim] of rows, as the index holds them."""
+        import faiss
+
+        inverted = faiss.try_extract_index_ivf(self._index)
         try:
+            with self._lock:
+                if inverted is not None and inverted.direct_map.no():  # where in the lists each row is
+                    inverted.make_direct_map()
             return self._index.reconstruct_batch(rows)
         except RuntimeError as error:
             raise ClipIndexError("this index does not give its vectors back: build it with --engine faiss") from error
@@ -65,6 +73,25 @@ class OneStage:
         """(row numbers int64 [n], vectors float32 [n, dim]) from one place to another in the order of the file."""
         rows = np.arange(start, end)
         return rows, self.vectors_of(rows)
+
+
+def read_file(path: str) -> Any:
+    """A faiss index, memory-mapped. Raises faiss's RuntimeError."""
+    import faiss
+
+    index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
+    inverted = faiss.downcast_index(faiss.try_extract_index_ivf(index))
+    if isinstance(inverted, faiss.IndexIVFPQFastScan):
+        inverted.fine_quantizer = inverted.pq  # faiss 1.15 forgets it, and decoding a vector ends the process
+    return index
+
+
+def _holds_vectors(index: Any) -> bool:
+    import faiss
+
+    if isinstance(index, faiss.IndexScalarQuantizer):
+        return index.sq.qtype == faiss.ScalarQuantizer.QT_fp16
+    return type(index).__name__ in _EXACT
 
 
 def open_index(folder: IndexFolder, modality: str) -> Opened:
@@ -77,10 +104,8 @@ def open_index(folder: IndexFolder, modality: str) -> Opened:
 
 def open_files(path: str, *stored: str) -> Opened:
     """Open an index file, with the files of its second stage if it has one."""
-    import faiss
-
     try:
-        index = faiss.read_index(path, faiss.IO_FLAG_MMAP_IFC)
+        index = read_file(path)
         return TwoStage(index, *stored) if stored else OneStage(index)
     except RuntimeError as error:
         raise ClipIndexError(f"{path} cannot be read by faiss: build the index again") from error

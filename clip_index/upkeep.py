@@ -2,7 +2,8 @@
 
 A deletion names rows that no search finds any more. All else writes a new index over the vectors that the old ones
 hold, without the deleted rows: with the lists that are there, not trained again, and with recall measured anew. The
-embeddings that an index was built from are not needed.
+embeddings that an index was built from are not needed, but where it holds codes alone: there they say what is right,
+and without them such an index cannot be merged.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from clip_index import columns, families, storage
+from clip_index import columns, families, regrow, storage
 from clip_index.conditions import matching_rows
 from clip_index.index import build_from, parse_memory
 from clip_index.index_folder import IndexFolder, Marker
 from clip_index.index_writer import IndexWriter
 from clip_index.locations import find_index, is_index
-from clip_index.matrix import IndexMatrix, JoinedMatrix
+from clip_index.matrix import AsStored, IndexMatrix, JoinedMatrix, Stored
 from clip_index.metadata import Metadata
 from clip_index.narrow import DELETED, live_rows
 from clip_index.opened import open_index
@@ -94,16 +95,23 @@ def merge(indices: Sequence[str], output: str, *, memory: str | int = "4G") -> d
 
 
 def _rebuild(parts: list[Source], output: str, folders: list[IndexFolder], memory: str | int) -> dict[str, Any]:
-    """Build an index over all parts, like the largest of the indices that is of two stages."""
+    """Build an index over all parts: of the largest one's family, those of two stages first, exact ones last."""
     started = time.perf_counter()
     first = folders[0].marker
     for part in parts[1:]:
         if differences := parts[0].config.differences(part.config):
             raise ClipIndexError(f"{part.folder} was made otherwise than {parts[0].folder}: {'; '.join(differences)}")
     rows = sum(part.rows for part in parts)
-    largest = max(folders, key=lambda folder: (_family(folder)[1] is not None, folder.marker.rows))
+    largest = max(folders, key=_rank)
     engine, key = _family(largest)
+    two_stages = families.is_two_stage(engine, key)
     with tempfile.TemporaryDirectory(prefix="clip-index-") as scratch:
+        like: IndexFolder | regrow.Without | None = largest if two_stages else None
+        if key and not two_stages and len(folders) == 1:
+            live = live_rows(largest)
+            like = largest if live is None else regrow.without(largest, ~live.allowed, scratch)
+        if like is None or two_stages:
+            _check_exact(parts)
         tables, lengths = _gather_tables(parts, scratch)
         digest = hashlib.sha256("\n".join(part.digest for part in parts).encode()).hexdigest()
         modalities = parts[0].config.modalities
@@ -116,32 +124,56 @@ def _rebuild(parts: list[Source], output: str, folders: list[IndexFolder], memor
             indexed=modalities,
             memory=parse_memory(memory),
             started=started,
-            like=largest if key else None,
+            like=like,
         )
 
 
 def _family(folder: IndexFolder) -> tuple[str, str | None]:
-    """(engine, key) of an index whose lists can be used again; a key of None for one that is exact."""
+    """(engine, key) of an index; a key of None for one that compares every row."""
     with open(folder.local("report.json"), "rb") as file:
         part = next(iter(json.load(file)["indices"].values()))
     engine, key = part["engine"], part["index_key"]
-    if families.is_two_stage(engine, key):
-        return engine, key
-    if key in families.EXACT_KEYS:
-        return engine, None
-    raise UsageError(f"{folder.folder} is a {key} of {engine}, which cannot be changed: build it again from embeddings")
+    return engine, None if key in families.EXACT_KEYS else key
+
+
+def _rank(folder: IndexFolder) -> tuple[bool, bool, int]:
+    engine, key = _family(folder)
+    return families.is_two_stage(engine, key), key is not None, folder.marker.rows
+
+
+def _check_exact(parts: list[Source]) -> None:
+    for part in parts:
+        if not all(matrix.exact for matrix in part.matrices.values()):
+            raise ClipIndexError(
+                f"{part.folder} holds codes of its vectors alone, and the embeddings that it was built from are gone "
+                "or have changed: build an index over all embeddings instead"
+            )
 
 
 def _opened(folder: IndexFolder) -> Source:
-    """An index as embeddings: its rows that are not deleted."""
-    _family(folder)
+    """An index as embeddings: its rows that are not deleted.
+
+    Their vectors are its own, those of its embeddings where it holds codes alone, or else what the codes say.
+    """
     live = live_rows(folder)
     picked = None if live is None else np.flatnonzero(live.allowed)
     config = folder.marker.config
-    matrices = {name: IndexMatrix(open_index(folder, name), picked) for name in config.modalities}
+    held: dict[str, Stored] = {name: open_index(folder, name) for name in config.modalities}
+    if not all(index.exact for index in held.values()):
+        held |= _originals(folder.marker)
+    matrices = {name: IndexMatrix(held[name], picked) for name in config.modalities}
     rows = next(iter(matrices.values())).rows
     digest = f"{folder.marker.embeddings_digest} {folder.marker.files.get(DELETED, {}).get('sha256')}"
     return Source(folder.folder, config, rows, digest, matrices, [], [])
+
+
+def _originals(marker: Marker) -> dict[str, Stored]:
+    """The vectors that an index was built from, by modality; none where they are gone or have changed."""
+    with suppress(ClipIndexError, OSError):
+        source = open_source(marker.embeddings, marker.config.encoder or None)
+        if source.digest == marker.embeddings_digest:
+            return {name: AsStored(matrix) for name, matrix in source.matrices.items()}
+    return {}
 
 
 def _gather_tables(parts: list[Source], scratch: str) -> tuple[list[str], list[int]]:

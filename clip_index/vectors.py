@@ -16,6 +16,8 @@ BLOCK_ROWS = 16384
 class Vectors:
     """Row i of the matrix [rows, dim] is row i of the manifest. Safe to share between threads."""
 
+    exact = True
+
     def __init__(self, folder: str, manifest: store.Manifest, modality: str):
         if modality not in manifest.config.modalities:
             raise ClipIndexError(f"{folder} holds no {modality} vectors, only {', '.join(manifest.config.modalities)}")

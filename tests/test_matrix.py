@@ -9,7 +9,7 @@ from clip_index.vectors import Vectors
 
 class Index:
     def __init__(self, rows):
-        self._held, (self.rows, self.dim) = rows, rows.shape
+        self._held, (self.rows, self.dim), self.exact = rows, rows.shape, True
 
     def vectors_of(self, rows):
         return self._held[rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from embedding_fakes import brute_force, make_embeddings, metadata_rows, random_rows, stored
 
-from clip_index import storage, upkeep
+from clip_index import families, storage, upkeep
 from clip_index.index import build_index, verify_index
 from clip_index.search import Searcher
 from clip_index.store import EmbeddingConfig
@@ -37,12 +38,12 @@ def quiet(tmp_path, monkeypatch):
 ROWS = {"image": random_rows(COUNT), "text": random_rows(COUNT, seed=1)}
 
 
-def make(folder, first, last, key=None, build=True, **options):
+def make(folder, first, last, key=None, build=True, engine="faiss", **options):
     """Embeddings of some of ROWS, in `folder`-e, and an index over them in `folder`."""
     part = {name: rows[first:last] for name, rows in ROWS.items()}
     make_embeddings(f"{folder}-e", part, rows=metadata_rows(first, last - first), **options)
     if build:
-        build_index(f"{folder}-e", str(folder), index_key=key, queries=40)
+        build_index(f"{folder}-e", str(folder), index_key=key, engine=engine if key else "auto", queries=40)
     return str(folder)
 
 
@@ -130,6 +131,147 @@ def test_an_exact_index_that_grows_gets_two_stages(tmp_path, monkeypatch):
     report = upkeep.append(folder, str(tmp_path / "more-e"))
     assert report["indices"]["image"]["index_key"].endswith("RaBitQ")
     assert verify_index(folder) == []
+
+
+OTHERS = ("IVF8,Flat", "IVF8,SQ8", "IVF8,PQ8x4fs", "RR16,IVF8_HNSW8,PQ8x4", "HNSW8")
+"""Families of one stage: vectors in lists, codes in lists, codes in blocks, codes of turned vectors, a graph."""
+
+
+def recall_of(folder, numbers, modality="image", k=10):
+    """Of the rows nearest to some queries, by brute force over ROWS, how many an index finds."""
+    rows, queries = ROWS[modality], random_rows(20, seed=9)
+    searcher, found = Searcher(folder), 0
+    for query, right in zip(queries, brute_force(stored(rows[numbers]), queries, k), strict=True):
+        keys = {hit.key for hit in searcher.search(vector=query, k=k, modality=modality)}
+        assert len(keys) == k
+        found += len(keys & {f"key-{number}" for number in np.asarray(numbers)[right]})
+    return found / len(queries) / k
+
+
+def trained(folder):
+    """What was trained, or chosen, when an index was built."""
+    index = faiss.read_index(f"{folder}/image.index")
+    inverted = faiss.try_extract_index_ivf(index)
+    return index.hnsw.efSearch if inverted is None else faiss.downcast_index(inverted.quantizer).reconstruct_n(0, 8)
+
+
+def check_family(folder, numbers, key, like):
+    """The index holds the rows in this order, in that family, as well as one that is built over them."""
+    assert verify_index(folder) == []
+    part = json.loads(storage.read_bytes(f"{folder}/report.json"))["indices"]["image"]
+    assert part["index_key"] == key
+    searcher = Searcher(folder)
+    assert searcher.rows == len(numbers)
+    hits = searcher.search(vector=ROWS["image"][numbers[-1]], k=50)
+    assert hits[0].key == f"key-{numbers[-1]}" and len({hit.row for hit in hits}) == len(hits)
+    for hit in hits:
+        assert hit.key == f"key-{numbers[hit.row]}"
+    assert recall_of(folder, numbers) > recall_of(like, np.arange(COUNT)) - 0.1
+    return part
+
+
+@pytest.fixture(scope="module")
+def like(tmp_path_factory):
+    """Indices of each family over all of ROWS."""
+    place = tmp_path_factory.mktemp("like")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        return {key: make(place / str(at), 0, COUNT, key) for at, key in enumerate(OTHERS)}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_other_families_are_added_to_as_they_are(tmp_path, like, key):
+    folder = make(tmp_path / "i", 0, 700, key)
+    before = trained(folder)
+    make(tmp_path / "more", 700, COUNT, build=False)
+    upkeep.append(folder, str(tmp_path / "more-e"))
+    part = check_family(folder, np.arange(COUNT), key, like[key])
+    assert part["recall_against"] == "vectors"
+    np.testing.assert_array_equal(trained(folder), before)
+    # what the report says was measured against the vectors themselves
+    assert part["recall"]["image"]["recall@10"]["mean"] == pytest.approx(recall_of(folder, np.arange(COUNT)), abs=0.2)
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_other_families_lose_their_deleted_rows(tmp_path, like, key):
+    folder = make(tmp_path / "i", 0, COUNT, key)
+    before = trained(folder)
+    gone = [0, 3, *range(400, 500)]
+    upkeep.delete(folder, rows=gone)
+    left = np.delete(np.arange(COUNT), gone)
+    assert recall_of(folder, left) > recall_of(like[key], np.arange(COUNT)) - 0.1
+    upkeep.compact(folder)
+    check_family(folder, left, key, like[key])
+    np.testing.assert_array_equal(trained(folder), before)
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_other_families_are_merged_by_a_build_like_the_largest(tmp_path, like, key):
+    parts = [make(tmp_path / "a", 0, 300), make(tmp_path / "b", 300, COUNT, key)]
+    upkeep.delete(parts[1], rows=[0, 1])
+    upkeep.merge(parts, str(tmp_path / "merged"))
+    check_family(str(tmp_path / "merged"), np.delete(np.arange(COUNT), [300, 301]), key, like[key])
+
+
+def test_what_autofaiss_built_is_built_by_it_again(tmp_path, monkeypatch):
+    asked = []
+
+    def build(folder, *, index_key, **_):
+        files = sorted(os.listdir(folder))
+        asked.append((index_key, np.concatenate([np.load(f"{folder}/{name}") for name in files])))
+        index = faiss.index_factory(16, index_key, faiss.METRIC_INNER_PRODUCT)
+        index.add(asked[-1][1].astype(np.float32))
+        index.hnsw.efSearch = 77
+        return index, index_key, "efSearch=77"
+
+    monkeypatch.setattr(families.autofaiss_compat, "build", build)
+    parts = [
+        make(tmp_path / name, first, first + 100, "HNSW15", engine="auto") for name, first in (("a", 0), ("b", 100))
+    ]
+    upkeep.delete(parts[0], rows=[7])
+    upkeep.merge(parts, str(tmp_path / "merged"))
+    key, vectors = asked[-2]
+    assert (key, vectors.dtype) == ("HNSW15", np.float16)
+    np.testing.assert_array_equal(vectors, stored(np.delete(ROWS["image"][:200], 7, axis=0)))
+    check_found(str(tmp_path / "merged"), np.delete(np.arange(200), 7))
+    make(tmp_path / "more", 200, 300, build=False)
+    upkeep.append(parts[1], str(tmp_path / "more-e"))
+    check_found(parts[1], np.arange(100, 300))
+    for folder in (tmp_path / "merged", tmp_path / "b"):
+        told = json.loads((folder / "report.json").read_text())["indices"]["text"]
+        assert (told["engine"], told["index_key"], told["index_param"]) == ("autofaiss", "HNSW15", "efSearch=77")
+    assert len(asked) == 6  # not for what is appended
+
+
+def test_codes_whose_embeddings_are_gone(tmp_path):
+    folder = make(tmp_path / "i", 0, 700, "IVF8,SQ8")
+    shutil.rmtree(f"{folder}-e")
+    make(tmp_path / "more", 700, COUNT, build=True)
+    with pytest.raises(ClipIndexError, match="codes of its vectors alone, and the embeddings"):
+        upkeep.merge([folder, str(tmp_path / "more")], str(tmp_path / "merged"))
+    report = upkeep.append(folder, str(tmp_path / "more-e"))
+    assert report["indices"]["image"]["recall_against"] == "codes"
+    assert [warning for warning in report["warnings"] if "it looks better than it is" in warning]
+    upkeep.delete(folder, rows=[5])
+    upkeep.compact(folder)
+    assert Searcher(folder).rows == COUNT - 1
+
+
+def test_embeddings_that_changed_say_nothing_of_an_index(tmp_path):
+    folder = make(tmp_path / "i", 0, 700, "IVF8,SQ8")
+    shutil.rmtree(f"{folder}-e")
+    make(folder, 300, 900, build=False)
+    upkeep.delete(folder, rows=[5])
+    assert upkeep.compact(folder)["indices"]["image"]["recall_against"] == "codes"
+
+
+def test_a_graph_of_codes_cannot_lose_rows(tmp_path):
+    folder = make(tmp_path / "i", 0, 500, "HNSW8_SQ8")
+    shutil.rmtree(f"{folder}-e")
+    upkeep.delete(folder, rows=[5])
+    with pytest.raises(ClipIndexError, match="codes of its vectors alone, and the embeddings"):
+        upkeep.compact(folder)
+    assert len(Searcher(folder).search(vector=ROWS["image"][5], k=500)) <= 499
 
 
 def test_columns_of_both_are_kept(tmp_path):
