@@ -35,15 +35,33 @@ def names(folder: str) -> Iterator[str]:
             yield path.rstrip("/").rpartition("/")[2]
 
 
+def exists(path: str) -> bool:
+    """Whether a file or folder is there. Raises OSError where that cannot be told."""
+    if _is_s3(path):
+        return remote.call(path, lambda fs, name: fs.exists(name))
+    return _about(path) is not None
+
+
 def is_folder(path: str) -> bool:
-    """Whether anything lies below a path; a bucket is a folder though it be empty."""
+    """Whether anything lies below a path; a bucket is a folder though it be empty. Raises OSError as `exists` does."""
     if not _is_s3(path):
-        return remote.call(path, lambda fs, name: fs.isdir(name))
+        found = _about(path) or {}
+        if remote.is_web(path):  # a page of links
+            return found.get("mimetype") == "text/html" and remote.call(path, lambda fs, name: fs.isdir(name))
+        return found.get("type") == "directory"
     try:
         page = next(_s3_pages(path, MaxKeys=1))
     except FileNotFoundError:
         return False
     return bool(page.get("Contents")) or not _s3_location(path)[1]
+
+
+def _about(path: str) -> dict[str, Any] | None:
+    """What a store says of a path; its own `exists` and `isdir` say no where it does not answer."""
+    try:
+        return remote.call(path, lambda fs, name: fs.info(name))
+    except FileNotFoundError:
+        return None
 
 
 def _is_s3(path: str) -> bool:

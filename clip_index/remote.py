@@ -26,11 +26,19 @@ _BLOCK = 4 << 20
 _AHEAD = 7
 """Blocks fetched before they are asked for: with the one being read, a file holds at most 32 MB."""
 _LASTING = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
-_KINDS = {401: PermissionError, 403: PermissionError, 404: FileNotFoundError}
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
+_EXTRAS |= {"az": "azure", "abfs": "azure", "abfss": "azure"}
+_KINDS = {403: PermissionError, 404: FileNotFoundError}
 _NUMBERS = {FileNotFoundError: errno.ENOENT, PermissionError: errno.EACCES, FileExistsError: errno.EEXIST}
 _PASSING = {
     errno.EIO, errno.EBUSY, errno.EAGAIN, errno.ETIMEDOUT, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
     getattr(errno, "EREMOTEIO", errno.EIO),
+}  # fmt: skip
+_PASSING_KINDS = {
+    "HTTPClientError", "EndpointConnectionError", "ResponseParserError",  # botocore
+    "ClientPayloadError", "ClientError",  # aiohttp
+    "TransportError",  # httpx, google.auth
+    "ServiceRequestError", "ServiceResponseError",  # azure.core
 }  # fmt: skip
 
 
@@ -46,7 +54,8 @@ def filesystem(path: str) -> tuple[Any, str]:
         # a cached listing goes stale when other processes write, and keeps a million entries in memory
         return fsspec.core.url_to_fs(path, use_listings_cache=False)
     except (ValueError, ImportError) as error:
-        hint = " (pip install 'clip-index[s3]')" if path.startswith("s3://") else ""
+        extra = _EXTRAS.get(path.partition("://")[0])
+        hint = f" (pip install 'clip-index[{extra}]')" if extra and isinstance(error, ImportError) else ""
         raise ClipIndexError(f"cannot open {path}: {error}{hint}") from error
 
 
@@ -67,7 +76,7 @@ def persist(path: str, action: Callable[[], Result]) -> Result:
             now = time.monotonic()
             first = now if first is None else first
             if now - first > _PATIENCE_S:
-                raise OSError(errno.EIO, f"the store keeps failing: {error}", path) from error
+                raise OSError(errno.EIO, f"the store keeps failing: {_one_line(error)}", path) from error
         time.sleep(pause * random.uniform(0.5, 1))  # apart from the others that were throttled at the same moment
         pause = min(2 * pause, _LONGEST_PAUSE_S)
 
@@ -77,10 +86,14 @@ def _raise_lasting(path: str, error: Exception) -> NoReturn:
     kind = _KINDS.get(_status(error) or 0, type(error))
     if issubclass(kind, _LASTING):
         number = getattr(error, "errno", None) or _NUMBERS.get(kind, errno.EINVAL)
-        raise kind(number, getattr(error, "strerror", None) or str(error), path) from error
+        raise kind(number, getattr(error, "strerror", None) or _one_line(error), path) from error
     if isinstance(error, OSError | ClipIndexError) or type(error).__module__ == "builtins":
         raise error
-    raise ClipIndexError(f"cannot open {path}: {error}") from error  # such as no credentials
+    raise ClipIndexError(f"cannot open {path}: {_one_line(error)}") from error  # such as no credentials
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _status(error: BaseException | None) -> int | None:
@@ -101,24 +114,40 @@ def _passes(error: Exception) -> bool:
         return status in (408, 429) or status >= 500
     if isinstance(error, ShortRead | TimeoutError | ConnectionError):
         return True
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _PASSING
-    known = {"HTTPClientError", "EndpointConnectionError", "ResponseParserError", "ClientPayloadError", "ClientError"}
-    return bool(known & {base.__name__ for base in type(error).__mro__})
+    return not _PASSING_KINDS.isdisjoint(base.__name__ for base in type(error).__mro__)
 
 
 def read_range(path: str, offset: int, length: int) -> bytes:
     """`length` bytes from `offset`, fewer only at the file's end. Raises OSError where they cannot be had."""
 
     def fetch(fs: Any, name: str) -> bytes:
-        data = fs.cat_file(name, start=offset, end=offset + length)
-        if len(data) > length:  # a server that knows no ranges sends the whole file
-            data = data[offset : offset + length]
+        data = (_web_range if is_web(path) else _range)(fs, name, offset, length)
         if len(data) < length and offset + len(data) < fs.size(name):
             raise ShortRead(errno.EIO, f"{len(data)} bytes came where {length} were asked for", path)
         return data
 
     return call(path, fetch) if length else b""
+
+
+def is_web(path: str) -> bool:
+    """Whether a path is on a web server rather than in a store."""
+    return path.startswith(("http://", "https://"))
+
+
+def _range(fs: Any, name: str, offset: int, length: int) -> bytes:
+    return fs.cat_file(name, start=offset, end=offset + length)
+
+
+def _web_range(fs: Any, name: str, offset: int, length: int) -> bytes:
+    """As `_range`; of a server that knows no ranges no more is taken in than the first one."""
+    try:
+        with fs.open(name, "rb", size=offset + length, cache_type="none") as file:
+            file.seek(offset)
+            return file.read(length)
+    except ValueError as error:
+        raise ClipIndexError(f"cannot read {name} in parts: its server does not answer range requests") from error
 
 
 class RemoteFile(io.RawIOBase):

@@ -60,7 +60,7 @@ def exists(path: str) -> bool:
     """Whether a file or folder is there."""
     if not is_url(path):
         return os.path.exists(path)
-    return remote.call(path, lambda fs, name: fs.exists(name))
+    return listing.exists(path)
 
 
 def is_folder(path: str) -> bool:
@@ -74,7 +74,10 @@ def size(path: str) -> int:
     """Bytes of a file. Raises FileNotFoundError."""
     if not is_url(path):
         return os.path.getsize(path)
-    return int(remote.call(path, lambda fs, name: fs.size(name)))
+    length = remote.call(path, lambda fs, name: fs.size(name))
+    if length is None:
+        raise ClipIndexError(f"cannot read {path}: its server does not say how long it is")
+    return int(length)
 
 
 def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+from pathlib import Path
 
 import fakes
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fakes import contents, make_pictures
 from s3_proxy import Proxy, for_a_while, sometimes
@@ -14,7 +17,8 @@ from s3_server import bucket  # noqa: F401 - a fixture
 from clip_index import remote, storage
 from clip_index.cli import main
 from clip_index.embed import embed
-from clip_index.types import UsageError
+from clip_index.readers import open_reader
+from clip_index.types import ClipIndexError, UsageError
 from clip_index.verify import verify
 
 DATA = bytes(range(256)) * 1000
@@ -109,19 +113,54 @@ def run(source: str, output: str):
     return embed(source, output, batch_size=4, rows_per_shard=8, devices="cpu")
 
 
-@pytest.mark.parametrize("fault", ["SlowDown", "reset", "cut", "for a while"])
-def test_embedding_through_a_store_that_fails(proxy, bucket, tmp_path, monkeypatch, fault):  # noqa: F811
+def make_input(folder: str, scratch: Path, kind: str) -> None:
+    """16 pictures with captions, as files or in the rows of two tables."""
+    pictures = make_pictures(scratch / "pictures", 16)
+    if kind == "files":
+        for path, data in contents(pictures).items():
+            storage.write_bytes(f"{folder}/{path}", data)
+        return
+    names = sorted(path.stem for path in pictures.glob("*.png"))
+    rows = [{"image": {"bytes": (pictures / f"{name}.png").read_bytes(), "path": name}, "text": name} for name in names]
+    for start in (0, 8):
+        pq.write_table(pa.Table.from_pylist(rows[start : start + 8]), scratch / "table", row_group_size=2)
+        storage.write_bytes(f"{folder}/{start}.parquet", (scratch / "table").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault"),
+    [*(("files", fault) for fault in ("SlowDown", "reset", "cut", "for a while")), ("parquet", "all")],
+)
+def test_embedding_through_a_store_that_fails(proxy, bucket, tmp_path, monkeypatch, kind, fault):  # noqa: F811
     fakes.use(monkeypatch)
-    name = fault.replace(" ", "-")
-    for path, data in contents(make_pictures(tmp_path / "in", 16)).items():
-        storage.write_bytes(f"{bucket}/{name}/in/{path}", data)
+    name = f"{fault.replace(' ', '-')}-{kind}"
+    make_input(f"{bucket}/{name}/in", tmp_path, kind)
     run(f"{bucket}/{name}/in", str(tmp_path / "whole"))
-    made = proxy(for_a_while("InternalError", 60, 1.0) if fault == "for a while" else sometimes(3, 0.15, [fault]))
+    faults = ["SlowDown", "reset", "InternalError", "cut"] if fault == "all" else [fault]
+    made = proxy(for_a_while("InternalError", 60, 1.0) if fault == "for a while" else sometimes(3, 0.15, faults))
     assert run(f"{bucket}/{name}/in", f"{bucket}/{name}/out").rows == 16
     assert sum(count for kind, count in made.seen.items() if kind) > 10
     for path, data in contents(tmp_path / "whole").items():
         assert storage.read_bytes(f"{bucket}/{name}/out/{path}") == data
     assert verify(f"{bucket}/{name}/out") == []
+
+
+def test_a_table_on_a_store_that_fails_for_good(proxy, bucket, tmp_path, monkeypatch):  # noqa: F811
+    make_input(f"{bucket}/lasting", tmp_path, "parquet")
+    reader = open_reader(f"{bucket}/lasting")
+    tasks = reader.plan(8)
+    monkeypatch.setattr(remote, "_PATIENCE_S", 0.05)
+    faults = []
+    proxy(lambda method, path: faults[-1] if faults else None)
+    for fault, told in (("AccessDenied", "Forbidden"), ("InternalError", "the store keeps failing: ")):
+        faults.append(fault)
+        with pytest.raises(ClipIndexError, match=rf"cannot read {bucket}/lasting/0\.parquet: {told}") as caught:
+            list(reader.read(tasks[0]))
+        assert "\n" not in str(caught.value)
+    faults.clear()
+    storage.remove(f"{bucket}/lasting/0.parquet")
+    with pytest.raises(ClipIndexError, match=rf"cannot read {bucket}/lasting/0\.parquet: "):
+        list(reader.read(tasks[0]))
 
 
 def test_what_is_not_there_and_what_is_not_allowed(proxy, bucket, tmp_path, monkeypatch, capsys):  # noqa: F811
