@@ -26,6 +26,7 @@ from pathlib import Path
 from embed import make_tar
 
 from clip_index import executors, store
+from clip_index.markers import Shard, ShardTable, name_width, read_markers, shard_files
 from clip_index.types import Task
 
 
@@ -36,9 +37,9 @@ def nothing(rows: int, failed: int) -> None:
 class Empty:
     """A job that takes no time: what remains is the queue."""
 
-    def __call__(self, task: Task, report: executors.Report) -> store.Shard:
+    def __call__(self, task: Task, report: executors.Report) -> Shard:
         report(10_000, 0)
-        return store.Shard(task.id, task.digest, 10_000, 0)
+        return Shard(task.id, task.digest, 10_000, 0)
 
 
 def workers(folder: Path, pairs: int) -> None:
@@ -78,17 +79,21 @@ CONFIG = store.EmbeddingConfig("mini", "mini-1:0", "fp32", {"size": 224}, ("imag
 
 
 def make_shards(folder: Path, shards: int) -> None:
-    """Empty tars, and a marker for each as `embed` writes it."""
+    """Empty tars, and a marker for each as `embed` writes it, with files of that size that take no room."""
     from clip_index.readers.webdataset import WebdatasetReader
 
     (folder / "in").mkdir()
-    (folder / "out/done").mkdir(parents=True)
+    for name in ("done", "img_emb", "text_emb", "metadata"):
+        (folder / "out" / name).mkdir(parents=True)
     for number in range(shards):
         (folder / f"in/{number:07d}.tar").touch()
-    width = store.name_width(shards)
+    width = name_width(shards)
     for task in WebdatasetReader(str(folder / "in"), ("image", "text")).plan(1):
-        names = store.shard_files(task.id, width)
+        names = shard_files(task.id, width)
         files = {names[kind]: {"bytes": 7680128, "sha256": task.digest * 4} for kind in ("image", "text", "metadata")}
+        for name in files:
+            with open(folder / "out" / name, "wb") as file:
+                file.truncate(7680128)
         marker = {"id": task.id, "inputs": task.digest, "rows": 10_000, "failed": 0, "files": files}
         (folder / "out" / names["done"]).write_text(json.dumps(marker, indent=1))
 
@@ -103,12 +108,12 @@ def shards_plan(folder: Path, shards: int) -> None:
 
 def shards_resume(folder: Path, shards: int) -> None:
     """Look at every marker, as each run does first."""
-    assert len(store.read_markers(str(folder / "out"), files=False)) == shards
+    assert len(ShardTable(read_markers(str(folder / "out")))) == shards
 
 
 def shards_finalize(folder: Path, shards: int) -> None:
     """Write the manifest over all markers."""
-    store.finalize(str(folder / "out"), store.Manifest(CONFIG, tasks=shards, width=store.name_width(shards)))
+    store.finalize(str(folder / "out"), store.Manifest(CONFIG, tasks=shards, width=name_width(shards)))
 
 
 def shards_load(folder: Path, shards: int) -> None:

@@ -145,7 +145,8 @@ def embed(
 def finalize(embeddings: str, *, json: bool = False) -> None:
     """Write the manifest when all ranks of `clip-index embed` have ended.
 
-    The exit status is 1, and the missing shards are named, if there are any.
+    Lists the folders once: the exit status is 1, and they are named, if shards are missing, or files that their markers
+    name, or if one has another size than its marker says. `clip-index verify` reads every byte.
 
     Examples:
         clip-index finalize embeddings/

@@ -14,8 +14,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
 from clip_index import executors, spark, storage, store
 from clip_index.embed_plan import EmbedPlan, plan_embedding, refuse_others
+from clip_index.markers import Shard, read_marker, shard_files
 from clip_index.progress import Clock, Judge, Progress
 from clip_index.types import ClipIndexError, IncompleteError, UsageError
 
@@ -41,7 +44,7 @@ class EmbedSummary:
     world: int = 1
 
 
-def _run(plan: EmbedPlan, report: executors.Report) -> Iterator[store.Shard | spark.Made | executors.Lost]:
+def _run(plan: EmbedPlan, report: executors.Report) -> Iterator[Shard | spark.Made | executors.Lost]:
     if plan.executor == "spark":
         return spark.run_in_spark(plan.todo, plan.job, report)
     if len(plan.devices) == 1:
@@ -71,8 +74,8 @@ def embed(
     summary = EmbedSummary(
         output=job.output,
         modalities=job.config.modalities,
-        rows=sum(shard.rows for shard in plan.done.values()),
-        failed=sum(shard.failed for shard in plan.done.values()),
+        rows=int(plan.done.rows.sum()),
+        failed=int(plan.done.failed.sum()),
         shards=len(plan.tasks),
         skipped_shards=len(plan.done),
         new_rows=0,
@@ -93,13 +96,15 @@ def embed(
                 judge.add(good, failed)
 
         samples, shards = summary.rows + summary.failed, len(plan.done)
-        made: list[tuple[int, int, int]] = []
+        new_rows = new_failed = 0
+        with_failures = plan.done.ids[plan.done.failed > 0].tolist()
         lost: list[executors.Lost] = []
         for shard in _run(plan, report):
             if isinstance(shard, executors.Lost):
                 lost.append(shard)
                 continue
-            made.append((shard.id, shard.rows, shard.failed))
+            new_rows, new_failed = new_rows + shard.rows, new_failed + shard.failed
+            with_failures += [shard.id] if shard.failed else []
             samples, shards = samples + shard.rows + shard.failed, shards + 1
             with lock:
                 bar.shard_done(samples, shards)
@@ -110,17 +115,13 @@ def embed(
         )
     _finish(plan)
     judge.end()
-    new_rows = sum(rows for _, rows, _ in made)
-    made += [(shard.id, shard.rows, shard.failed) for shard in plan.done.values()]
     failed_files = [
-        storage.join(job.output, store.shard_files(shard, job.width)["failed"])
-        for shard, _, failed in sorted(made)
-        if failed
+        storage.join(job.output, shard_files(shard, job.width)["failed"]) for shard in sorted(with_failures)
     ]
     return replace(
         summary,
         rows=summary.rows + new_rows,
-        failed=sum(failed for _, _, failed in made),
+        failed=summary.failed + new_failed,
         new_rows=new_rows,
         seconds=time.monotonic() - started,
         samples_per_s=clock.rate if plan.executor == "local" else 0.0,  # Spark tells of all rows at the end
@@ -138,8 +139,8 @@ def _prepare(plan: EmbedPlan) -> None:
         if existing.tasks != plan.shards or (plan.todo and existing.ids):
             manifest.write(job.output)
     for shard, inputs in plan.stale.items():
-        names = store.shard_files(shard, job.width)
-        marker = store.read_marker(job.output, names["done"])
+        names = shard_files(shard, job.width)
+        marker = read_marker(storage.join(job.output, names["done"]))
         if marker is not None and marker.inputs == inputs:  # not one that another run has made anew
             for name in reversed(names.values()):  # its marker first
                 storage.remove(storage.join(job.output, *name.split("/")))
@@ -150,7 +151,11 @@ def _finish(plan: EmbedPlan) -> None:
     job = plan.job
     if plan.rank.world == 1:
         manifest = store.Manifest(job.config, tasks=plan.shards, width=job.width)
-        store.finalize(job.output, manifest, [task.digest for task in plan.tasks])
+        inputs = np.empty(plan.shards, "S16")
+        inputs[plan.done.ids] = plan.done.inputs
+        for task in plan.todo:
+            inputs[task.id] = task.digest
+        store.finalize(job.output, manifest, inputs)
         return
     now = store.Manifest.load(job.output)
     refuse_others(job.output, now.config, job.config)

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from clip_index import executors, store
+from clip_index import executors, storage, store
+from clip_index.markers import Shard, read_marker, shard_files
 from clip_index.shard_writer import EmbeddingWriter
 from clip_index.types import Encoder, Reader, Sample, SampleError, Task
 
@@ -41,15 +42,15 @@ class EmbedJob:
     width: int = 5
     retry_failed: bool = False
 
-    def __call__(self, task: Task, report: executors.Report) -> store.Shard:
+    def __call__(self, task: Task, report: executors.Report) -> Shard:
         return self.run(task, report)
 
-    def run(self, task: Task, report: executors.Report = lambda rows, failed: None) -> store.Shard:
+    def run(self, task: Task, report: executors.Report = lambda rows, failed: None) -> Shard:
         """Make one shard and return its marker; one that another worker has finished meanwhile is left as it is.
 
         Raises ClipIndexError where the shard cannot be written.
         """
-        done = store.read_marker(self.output, store.shard_files(task.id, self.width)["done"])
+        done = read_marker(storage.join(self.output, shard_files(task.id, self.width)["done"]))
         if done is not None and done.inputs == task.digest and not (self.retry_failed and done.failed):
             report(done.rows, done.failed)
             return done

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import functools
 import os
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from clip_index import cluster, executors, spark, storage, store
 from clip_index.embed_job import EmbedJob, cores, describe
+from clip_index.markers import ShardTable, name_width, read_markers
 from clip_index.readers import open_reader
-from clip_index.types import Task, UsageError
+from clip_index.types import Task, Tasks, UsageError
 
 
 @dataclass(frozen=True)
 class EmbedPlan:
-    """What a run would do: the job, the rank's tasks, and the markers of those that are finished.
+    """What a run would do: the job, the rank's tasks, and what the markers of those that are finished say.
 
     `shards` counts the tasks of all ranks, `stale` has the shards of this one whose inputs have changed, with what they
     were made from.
     """
 
     job: EmbedJob
-    tasks: list[Task]
-    done: dict[int, store.Shard]
+    tasks: Sequence[Task]
+    done: ShardTable
     devices: list[str]
     shards: int
     stale: dict[int, str]
@@ -30,9 +35,11 @@ class EmbedPlan:
     executor: str
 
     @property
-    def todo(self) -> list[Task]:
+    def todo(self) -> Tasks:
         """The tasks without a marker."""
-        return [task for task in self.tasks if task.id not in self.done]
+        open_ = np.ones(len(self.tasks), bool)
+        open_[self.done.ids // self.rank.world] = False
+        return Tasks(self.tasks.__getitem__, array("q", np.flatnonzero(open_).astype(np.int64).tobytes()))
 
 
 def plan_embedding(
@@ -119,10 +126,10 @@ def _cuda_devices(devices: str) -> int:
 
 def _check_output(output: str, config: store.EmbeddingConfig, tasks: int) -> int:
     if not storage.exists(storage.join(output, "manifest.json")):
-        return store.name_width(tasks)
+        return name_width(tasks)
     existing = store.Manifest.load(output)
     refuse_others(output, existing.config, config)
-    if store.name_width(tasks) > existing.width:
+    if name_width(tasks) > existing.width:
         raise UsageError(f"{output} has room for {10**existing.width} shards, the input needs {tasks}")
     return existing.width
 
@@ -138,20 +145,18 @@ def refuse_others(output: str, existing: store.EmbeddingConfig, config: store.Em
 
 
 def _finished(
-    output: str, tasks: list[Task], part: cluster.Rank, *, update: bool, retry_failed: bool
-) -> tuple[dict[int, store.Shard], dict[int, str]]:
+    output: str, tasks: Sequence[Task], part: cluster.Rank, *, update: bool, retry_failed: bool
+) -> tuple[ShardTable, dict[int, str]]:
     """(the markers that count, the inputs of those whose inputs have changed) of a rank."""
-    markers = store.read_markers(output, rank=part.rank, world=part.world, files=False)
-    planned = {task.id: task.digest for task in tasks if task.id in markers}
-    changed = {shard: marker.inputs for shard, marker in markers.items() if planned.get(shard) != marker.inputs}
+    markers = ShardTable(read_markers(output, rank=part.rank, world=part.world))
+    same = np.zeros(len(markers), bool)
+    for place, (shard, inputs) in enumerate(zip(markers.ids.tolist(), markers.inputs, strict=True)):
+        at = shard // part.world
+        same[place] = at < len(tasks) and tasks[at].digest.encode() == inputs
+    changed = {int(markers.ids[at]): markers.inputs[at].decode() for at in np.flatnonzero(~same)}
     if changed and not update:
         raise UsageError(
             f"{len(changed)} of the {len(markers)} finished shards in {output} were made from other inputs (the first "
             f"is shard {min(changed)}): name another output folder, or give --update to embed them again"
         )
-    done = {
-        shard: marker
-        for shard, marker in markers.items()
-        if shard not in changed and not (retry_failed and marker.failed)
-    }
-    return done, changed
+    return markers.select(same & ~((markers.failed > 0) & retry_failed)), changed

@@ -81,13 +81,13 @@ class Bar(Progress):
         from tqdm import tqdm
 
         super().__init__(plan)
-        done = list(plan.done.values())
+        done = int(plan.done.rows.sum() + plan.done.failed.sum())
         self._known = None if any(task.rows is None for task in plan.tasks) else sum(task.rows for task in plan.tasks)
-        self._failed = sum(shard.failed for shard in done)
-        self._rows_per_shard = sum(shard.rows + shard.failed for shard in done) / len(done) if done else None
+        self._failed = int(plan.done.failed.sum())
+        self._rows_per_shard = done / len(plan.done) if len(plan.done) else None
         self._bar = tqdm(
             total=self._total(),
-            initial=sum(shard.rows + shard.failed for shard in done),
+            initial=done,
             desc="embed",
             unit=" samples",
             smoothing=0.1,

@@ -12,7 +12,8 @@ from typing import IO, Any
 import numpy as np
 
 from clip_index import columns, storage
-from clip_index.store import DTYPE, EmbeddingConfig, Shard, read_marker, shard_files, writing
+from clip_index.markers import Shard, read_marker, shard_files
+from clip_index.store import DTYPE, EmbeddingConfig, writing
 from clip_index.types import ClipIndexError, Task
 
 
@@ -90,7 +91,7 @@ class EmbeddingWriter:
         storage.write_bytes(self._path("done"), _to_json(asdict(shard)))
 
     def _is_there(self, shard: Shard) -> bool:
-        existing = read_marker(self.folder, self._names["done"])
+        existing = read_marker(self._path("done"))
         if existing == shard:
             return True
         if existing is not None:

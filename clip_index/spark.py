@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -59,7 +59,7 @@ def call(function: Callable[[], Result], device: str) -> Result:
     return pickle.loads(bytes(row["result"]))
 
 
-def run_in_spark(tasks: list[Task], job: Any, report: executors.Report) -> Iterator[Made]:
+def run_in_spark(tasks: Sequence[Task], job: Any, report: executors.Report) -> Iterator[Made]:
     """Run every task on the cluster of the active session. Raises ClipIndexError where Spark gave one up.
 
     `job` is an executor's job with the fields `device` and `threads`, which are set where it runs.

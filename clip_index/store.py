@@ -1,7 +1,7 @@
 """The on-disk format of embeddings.
 
 1. `EmbeddingConfig` is what decides the numbers in a folder; a folder holds one of them and refuses another.
-2. `Shard` is what a marker in `done/` says; `clip_index.shard_writer` writes one.
+2. A shard is finished when it has a marker (`clip_index.markers`); `clip_index.shard_writer` writes one.
 3. `Manifest` is the whole folder: the configuration and the table of shards, which maps a row to its shard.
 4. `read_vectors`, `read_metadata` and `read_failed` open one shard; `clip_index.verify` checks every byte of all.
 """
@@ -13,20 +13,20 @@ import hashlib
 import io
 import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
 from clip_index import columns, storage
+from clip_index.markers import KINDS, Shard, ShardTable, read_markers, shard_files, wrong_files
 from clip_index.types import ClipIndexError
 
 VERSION = 1
 DTYPE = np.dtype("<f2")
 FOLDERS = {"image": "img_emb", "text": "text_emb"}
-_NO_FILES: dict[str, dict[str, Any]] = {}
-_MARKERS_AT_ONCE = 64
+_NAMED = 10
+"""Shards that an error names; of more it says that there are more."""
 
 
 @dataclass(frozen=True)
@@ -56,34 +56,6 @@ class EmbeddingConfig:
         return found
 
 
-@dataclass(frozen=True)
-class Shard:
-    """What a marker says: how many rows a task gave, and the bytes and SHA-256 of each of its files."""
-
-    id: int
-    inputs: str
-    rows: int
-    failed: int
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-def shard_files(shard: int, width: int) -> dict[str, str]:
-    """The names of a shard's files, relative to the folder: image, text, metadata, failed and done."""
-    number = f"{shard:0{width}d}"
-    return {
-        "image": f"img_emb/img_emb_{number}.npy",
-        "text": f"text_emb/text_emb_{number}.npy",
-        "metadata": f"metadata/metadata_{number}.parquet",
-        "failed": f"failed/failed_{number}.parquet",
-        "done": f"done/{number}.json",
-    }
-
-
-def name_width(tasks: int) -> int:
-    """Digits of a shard number: fixed over a folder, so that names sort in row order."""
-    return max(5, len(str(max(0, tasks - 1))))
-
-
 @contextlib.contextmanager
 def writing(folder: str) -> Iterator[None]:
     """Turn what the operating system says of a failed write into a ClipIndexError."""
@@ -99,14 +71,12 @@ def writing(folder: str) -> Iterator[None]:
 class Manifest:
     """A folder of embeddings: its configuration, and the rows of each shard in order of their ids."""
 
-    def __init__(self, config: EmbeddingConfig, shards: Iterable[Shard] = (), *, tasks: int = 0, width: int = 5):
+    def __init__(self, config: EmbeddingConfig, table: ShardTable | None = None, *, tasks: int = 0, width: int = 5):
         self.config, self.tasks, self.width = config, tasks, width
-        table = sorted(shards, key=lambda shard: shard.id)
-        self.ids = [shard.id for shard in table]
-        self.shard_rows = [shard.rows for shard in table]
-        self.shard_failed = [shard.failed for shard in table]
-        self.inputs = [shard.inputs for shard in table]
-        self._starts = np.concatenate([[0], np.cumsum(self.shard_rows, dtype=np.int64)])
+        table = ShardTable() if table is None else table
+        self.ids, self.shard_rows, self.shard_failed = (c.tolist() for c in (table.ids, table.rows, table.failed))
+        self.inputs = [told.decode() for told in table.inputs]
+        self._starts = np.concatenate([[0], np.cumsum(table.rows)])
 
     @property
     def complete(self) -> bool:
@@ -166,63 +136,49 @@ class Manifest:
             config = EmbeddingConfig(**{**known, "modalities": tuple(known["modalities"])})
             table = data["shards"]
             rows = zip(table["id"], table["inputs"], table["rows"], table["failed"], strict=True)
-            return cls(config, [Shard(*row) for row in rows], tasks=data["tasks"], width=data["name_width"])
+            shards = ShardTable(Shard(*row) for row in rows)
+            return cls(config, shards, tasks=data["tasks"], width=data["name_width"])
         except FileNotFoundError:
             raise ClipIndexError(f"no embeddings in {folder}: manifest.json is missing") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ClipIndexError(f"{path} is not a manifest: {error!r}") from error
 
 
-def read_marker(folder: str, name: str) -> Shard | None:
-    """A finished shard, None where it has no marker. Raises ClipIndexError for a marker that cannot be read."""
-    path = storage.join(folder, *name.split("/"))
-    try:
-        return Shard(**json.loads(storage.read_bytes(path)))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:
-        raise ClipIndexError(f"{path} is not a marker: {error}; remove it to embed its shard again") from error
+def finalize(folder: str, manifest: Manifest, inputs: Iterable[bytes] | None = None) -> Manifest:
+    """Write the manifest over all markers, once every task has one and every file is there in the size that it says.
 
-
-def read_markers(folder: str, *, rank: int = 0, world: int = 1, files: bool = True) -> dict[int, Shard]:
-    """The finished shards by id, from the markers alone: those of a rank, where there are several.
-
-    Without `files` the shards know none: a million of them take 300 MB then, not 3 GB. Raises ClipIndexError for a
-    marker that cannot be read.
+    `inputs`, where given, are the digests that the markers must have, in order of the tasks. Raises ClipIndexError
+    naming what is missing or wrong; whether the contents are right, `clip_index.verify` says.
     """
-    names = [
-        name
-        for name in storage.list_names(storage.join(folder, "done"))
-        if name.endswith(".json") and (not name[:-5].isdigit() or int(name[:-5]) % world == rank)
-    ]
-
-    def read(names: list[str]) -> list[Shard]:
-        found = [read_marker(folder, f"done/{name}") for name in names]
-        return [shard if files else replace(shard, files=_NO_FILES) for shard in found if shard is not None]
-
-    blocks = [names[start : start + _MARKERS_AT_ONCE] for start in range(0, len(names), _MARKERS_AT_ONCE)]
-    with ThreadPoolExecutor(16) as pool:  # the latencies of an object store or a network file system overlap
-        return {shard.id: shard for block in pool.map(read, blocks) for shard in block}
-
-
-def finalize(folder: str, manifest: Manifest, inputs: list[str] | None = None) -> Manifest:
-    """Write the manifest over all markers, once every task has one, made from `inputs` where these are given.
-
-    Raises ClipIndexError naming what is missing.
-    """
-    markers = read_markers(folder, files=False)
-    missing = [task for task in range(manifest.tasks) if task not in markers]
+    config, tasks, width = manifest.config, manifest.tasks, manifest.width
+    table = ShardTable(read_markers(folder), width=width)
+    places = table.positions(np.arange(tasks))
+    missing = np.flatnonzero(places < 0).tolist()
     if missing:
-        named = ", ".join(f"{task:0{manifest.width}d}" for task in missing[:10]) + (" ..." if len(missing) > 10 else "")
-        raise ClipIndexError(f"{folder} lacks {len(missing)} of {manifest.tasks} shards ({named}): run embed again")
-    if inputs is not None and inputs != [markers[task].inputs for task in range(manifest.tasks)]:
+        raise ClipIndexError(
+            f"{folder} lacks {len(missing)} of {tasks} shards ({_some(missing, width)}): run embed again"
+        )
+    table = table.select(places)
+    if inputs is not None and any(had != wanted for had, wanted in zip(table.inputs, inputs, strict=True)):
         raise ClipIndexError(f"another run has embedded other inputs into {folder}: stop it, and run embed again")
-    shards = [markers[task] for task in range(manifest.tasks)]
-    manifest = Manifest(manifest.config, shards, tasks=manifest.tasks, width=manifest.width)
-    for name in [*FOLDERS.values(), "metadata", "failed", "done", ""]:
+    options = {"modalities": config.modalities, "row_bytes": config.dim * DTYPE.itemsize}
+    wrong = list(wrong_files(folder, table, width=width, **options))
+    if wrong:
+        shards = sorted({shard for shard, _ in wrong})
+        told = "; ".join(what for _, what in wrong[:_NAMED]) + ("; ..." if len(wrong) > _NAMED else "")
+        raise ClipIndexError(
+            f"{folder} has markers of files that are not as they say: {told}; remove the markers from done/ "
+            f"({_some(shards, width)}), and run embed again"
+        )
+    manifest = Manifest(config, table, tasks=tasks, width=width)
+    for name in [*KINDS.values(), "done", ""]:
         storage.remove_temporaries(storage.join(folder, name) if name else folder)
     manifest.write(folder)
     return manifest
+
+
+def _some(shards: list[int], width: int) -> str:
+    return ", ".join(f"{shard:0{width}d}" for shard in shards[:_NAMED]) + (" ..." if len(shards) > _NAMED else "")
 
 
 def read_vectors(folder: str, modality: str, shard: int, *, width: int = 5) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -50,6 +50,30 @@ class Task:
         ]
 
 
+class Tasks(Sequence[Task]):
+    """Tasks that are made when they are looked at: `make(number)` for each of some numbers.
+
+    A million tasks take 350 MB as a list; their numbers and the file names that they are made from take 80.
+    """
+
+    def __init__(self, make: Callable[[int], Task], numbers: Sequence[int]):
+        self._make, self._numbers = make, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return Tasks(self._make, self._numbers[place])
+        return self._make(self._numbers[place])
+
+    def __iter__(self) -> Iterator[Task]:
+        return map(self._make, self._numbers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
 @dataclass(frozen=True)
 class Sample:
     """One row to be, still as bytes.
@@ -87,7 +111,7 @@ class Reader(Protocol):
 
     modalities: tuple[str, ...]
 
-    def plan(self, rows_per_shard: int) -> list[Task]:
+    def plan(self, rows_per_shard: int) -> Sequence[Task]:
         """The tasks of this source, ids from 0, in an order that does not depend on the machine."""
 
     def read(self, task: Task) -> Iterator[Sample]:

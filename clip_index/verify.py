@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from clip_index import columns, storage
-from clip_index.store import DTYPE, FOLDERS, EmbeddingConfig, Manifest, Shard, read_markers, shard_files
+from clip_index.markers import Shard, read_markers, shard_files
+from clip_index.store import DTYPE, FOLDERS, EmbeddingConfig, Manifest
 
 _UNIT_TOLERANCE = 4e-3  # float16 keeps 11 bits: a unit row's norm is within 5e-4 of 1, whatever its dimension
 
@@ -17,7 +18,7 @@ _UNIT_TOLERANCE = 4e-3  # float16 keeps 11 bits: a unit row's norm is within 5e-
 def verify(folder: str) -> list[str]:
     """What is wrong with a folder of embeddings, a line each: markers, checksums, row counts, unit norms, strays."""
     manifest = Manifest.load(folder)
-    markers = read_markers(folder)
+    markers = {shard.id: shard for shard in read_markers(folder)}
     problems = [
         f"shard {task:0{manifest.width}d} has no marker" for task in range(manifest.tasks) if task not in markers
     ]

@@ -24,7 +24,7 @@ def folders(tmp_path_factory):
     (folder / "in").mkdir()
     for number in range(2):
         (folder / f"in/{number}.jpg").write_bytes(encode(photo(1024 + 64 * number, 768), "JPEG"))
-    options = {"devices": "cpu", "precision": "fp32", "modality": "image"}
+    options = {"devices": "cpu", "modality": "image"}  # in the precision that a search takes too
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         embed(str(folder / "in"), str(folder / "exact"), **options)
@@ -49,7 +49,7 @@ def test_the_manifest_says_which(folders):
 @pytest.mark.parametrize(("there", "asked"), [("exact", "fast"), ("fast", "exact")])
 def test_they_do_not_mix(folders, there, asked):
     with pytest.raises(UsageError, match=rf"preprocess.preset: {there} -> {asked}"):
-        plan_embedding(str(folders / "in"), str(folders / there), devices="cpu", precision="fp32", decode=asked)
+        plan_embedding(str(folders / "in"), str(folders / there), devices="cpu", decode=asked)
 
 
 @pytest.mark.parametrize("decode", ["exact", "fast"])

@@ -20,6 +20,7 @@ from clip_index.embed import embed
 from clip_index.embed_job import encode_samples
 from clip_index.embed_plan import plan_embedding
 from clip_index.embed_preview import preview
+from clip_index.markers import read_markers
 from clip_index.types import ClipIndexError, Sample, UsageError
 from clip_index.verify import verify
 
@@ -171,7 +172,7 @@ def test_too_many_failures_stop_the_run(tmp_path):
         path.write_bytes(b"broken")
     with pytest.raises(ClipIndexError, match=r"of 1\d\d samples failed, more than --max_failure_rate 0.3"):
         run(source, tmp_path / "out", max_failure_rate=0.3)
-    done = store.read_markers(str(tmp_path / "out"))
+    done = list(read_markers(str(tmp_path / "out")))
     assert 3 <= len(done) < 19 and done[0].rows == 8
     assert run(source, tmp_path / "out", max_failure_rate=1.0).rows == 60
 
@@ -276,6 +277,6 @@ def test_interrupted_from_the_keyboard(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) != 0
-    assert 0 < len(store.read_markers(str(tmp_path / "out"))) < 8
+    assert 0 < len(list(read_markers(str(tmp_path / "out")))) < 8
     plan = plan_embedding(str(source), str(tmp_path / "out"), batch_size=4, rows_per_shard=8)
     assert len(plan.todo) == 8 - len(plan.done)

@@ -11,7 +11,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from clip_index import storage, store
+from clip_index import markers, storage, store
+from clip_index.cli import main
+from clip_index.markers import Shard, ShardTable, read_markers
 from clip_index.shard_writer import EmbeddingWriter
 from clip_index.types import ClipIndexError, Task, normalize
 from clip_index.verify import verify
@@ -35,9 +37,7 @@ def metadata(n: int, prefix: str = "k") -> list[dict]:
     ]
 
 
-def write_shard(
-    folder: str, shard: int, n: int, failed: int = 0, config: store.EmbeddingConfig = CONFIG
-) -> store.Shard:
+def write_shard(folder: str, shard: int, n: int, failed: int = 0, config: store.EmbeddingConfig = CONFIG) -> Shard:
     task = Task(shard, ((f"in{shard}",),), n)
     with EmbeddingWriter(folder, task, config) as writer:
         for start in range(0, n, 3):
@@ -135,15 +135,16 @@ def test_a_shard_that_another_run_has_made_from_other_inputs_is_not_replaced(tmp
         writer.commit()
     assert len(store.read_vectors(str(tmp_path), "image", 0)) == 5 and not list(tmp_path.rglob("*.tmp"))
     with pytest.raises(ClipIndexError, match="has embedded other inputs"):
-        store.finalize(str(tmp_path), store.Manifest(CONFIG, tasks=1), [task.digest])
+        store.finalize(str(tmp_path), store.Manifest(CONFIG, tasks=1), [task.digest.encode()])
 
 
 def test_the_markers_of_a_rank(tmp_path):
     for shard in range(7):
         write_shard(str(tmp_path), shard, 2)
-    assert sorted(store.read_markers(str(tmp_path), rank=1, world=3)) == [1, 4]
-    slim = store.read_markers(str(tmp_path), files=False)
-    assert sorted(slim) == list(range(7)) and not slim[3].files and slim[3].rows == 2
+    assert [shard.id for shard in read_markers(str(tmp_path), rank=1, world=3)] == [1, 4]
+    assert [(shard.id, shard.rows, len(shard.files)) for shard in read_markers(str(tmp_path))] == [
+        (number, 2, 3) for number in range(7)
+    ]
 
 
 def test_wrong_shapes_are_refused(tmp_path):
@@ -190,7 +191,7 @@ def test_a_name_that_is_not_utf8_is_kept_readable(tmp_path):
         writer.append({"image": unit_rows(1), "text": unit_rows(1)}, rows)
         writer.commit()
     assert store.read_metadata(str(tmp_path), 0)["key"].to_pylist() == ["caf\\udce9.jpg"]
-    assert store.read_markers(str(tmp_path))[0].rows == 1
+    assert [shard.rows for shard in read_markers(str(tmp_path))] == [1]
 
 
 def test_manifest_maps_rows_to_shards(tmp_path):
@@ -329,3 +330,93 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
         write_shard(str(tmp_path), 0, 2)
     assert not any((tmp_path / "done").glob("*"))
     assert list(tmp_path.rglob("*.tmp")) == []
+
+
+def delete_vectors(folder: Path) -> str:
+    (folder / "img_emb/img_emb_00001.npy").unlink()
+    return "img_emb/img_emb_00001.npy is missing"
+
+
+def delete_a_folder(folder: Path) -> str:
+    for path in (folder / "text_emb").iterdir():
+        path.unlink()
+    (folder / "text_emb").rmdir()
+    return "text_emb/text_emb_00001.npy is missing"
+
+
+def truncate_vectors(folder: Path) -> str:
+    truncate(folder)
+    return "text_emb/text_emb_00001.npy has 190 bytes, its marker says 192"
+
+
+def lose_a_row_and_say_so(folder: Path) -> str:
+    path = folder / "img_emb/img_emb_00001.npy"
+    np.save(path, np.load(path)[:3])
+    rewrite_marker(folder, "img_emb/img_emb_00001.npy")
+    return "img_emb/img_emb_00001.npy has 176 bytes, which is not 4 rows"
+
+
+def name_no_metadata(folder: Path) -> str:
+    path = folder / "done/00001.json"
+    marker = json.loads(path.read_bytes())
+    del marker["files"]["metadata/metadata_00001.parquet"]
+    path.write_text(json.dumps(marker))
+    return "metadata/metadata_00001.parquet is not in its marker"
+
+
+def empty_a_table(folder: Path) -> str:
+    (folder / "failed/failed_00001.parquet").write_bytes(b"")
+    return "failed/failed_00001.parquet has 0 bytes, its marker says"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [delete_vectors, delete_a_folder, truncate_vectors, lose_a_row_and_say_so, name_no_metadata, empty_a_table],
+)
+def test_finalize_refuses_files_that_are_not_as_their_markers_say(tmp_path, damage, capsys):
+    manifest = store.Manifest(CONFIG, tasks=3)
+    for shard, rows in enumerate([3, 4, 0]):
+        write_shard(str(tmp_path), shard, rows, failed=1)
+    manifest.write(str(tmp_path))
+    says = damage(tmp_path)
+    before = (tmp_path / "manifest.json").read_bytes()
+    assert main(["finalize", str(tmp_path)]) == 1
+    told = capsys.readouterr().err
+    assert says in told and "00002" not in told and told.count("\n") == 1
+    assert (tmp_path / "manifest.json").read_bytes() == before
+    (tmp_path / "done/00000.json").unlink(missing_ok=True)  # what the message says to do
+    (tmp_path / "done/00001.json").unlink()
+    for shard, rows in enumerate([3, 4]):
+        write_shard(str(tmp_path), shard, rows, failed=1)
+    assert store.finalize(str(tmp_path), manifest).rows == 7 and verify(str(tmp_path)) == []
+
+
+def test_finalize_names_ten_and_says_that_there_are_more(tmp_path):
+    for shard in range(12):
+        write_shard(str(tmp_path), shard, 1)
+    for path in (tmp_path / "metadata").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(ClipIndexError, match=r"metadata_00009.parquet has 0 bytes.*says \d+; \.\.\.;.*00009 \.\.\.\)"):
+        store.finalize(str(tmp_path), store.Manifest(CONFIG, tasks=12))
+
+
+def test_a_table_of_shards(tmp_path):
+    """Shards come in any order, and two of the numbers that are asked for are not there."""
+    shards = [Shard(7, "b" * 16, 5, 0), Shard(2, "a" * 16, 3, 1, {"img_emb/img_emb_00002.npy": {"bytes": 9}})]
+    table = ShardTable(shards, width=5)
+    assert (table.ids.tolist(), table.rows.tolist(), table.failed.tolist()) == ([2, 7], [3, 5], [1, 0])
+    assert table.inputs.tolist() == [b"a" * 16, b"b" * 16]
+    assert table.sizes.tolist() == [[9, -1, -1, -1], [-1, -1, -1, -1]]
+    assert table.positions(np.array([7, 0, 2, 9])).tolist() == [1, -1, 0, -1]
+    chosen = table.select(np.array([False, True]))
+    assert (chosen.ids.tolist(), chosen.sizes.tolist(), len(chosen)) == ([7], [[-1] * 4], 1)
+    assert ShardTable().positions(np.arange(2)).tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_markers_come_in_order_whether_storage_is_slow_or_not(tmp_path, monkeypatch, slow):
+    monkeypatch.setattr(markers, "_SLOW_S", 0.0 if slow else 1e9)
+    monkeypatch.setattr(markers, "_AT_ONCE", 2)
+    for shard in range(9):
+        write_shard(str(tmp_path), shard, 0)
+    assert [shard.id for shard in read_markers(str(tmp_path))] == list(range(9))

@@ -38,11 +38,11 @@ class ParquetReader:
         if rows_per_shard < 1:
             raise UsageError(f"rows_per_shard must be at least 1, not {rows_per_shard}")
         found = sources.find(self.source, ".parquet")
-        prefixes = sources.key_prefixes([file.name for file in found], ".parquet")
+        prefix = sources.key_prefixes(found.names, ".parquet")
         pieces: list[Piece] = []
-        for file, prefix, groups in zip(found, prefixes, sources.ahead(self._row_groups, found), strict=True):
+        for file, groups in zip(found, sources.ahead(self._row_groups, found), strict=True):
             ranges = [(None, None)] if groups is None else cut(groups, rows_per_shard)
-            pieces += [(file.path, file.size, sources.printable(prefix), *rows) for rows in ranges]
+            pieces += [(file.path, file.size, sources.printable(prefix(file.name)), *rows) for rows in ranges]
         return pack(pieces, rows_per_shard)
 
     def _row_groups(self, file: sources.Found) -> list[int] | None:

@@ -7,10 +7,11 @@ import itertools
 import os
 import re
 import stat
+from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from clip_index import storage
 from clip_index.types import ClipIndexError, SampleError, UsageError
@@ -75,7 +76,7 @@ def _list(folder: str, suffixes: Iterable[str]) -> Listing:
         head, _, base = name.rpartition("/")
         if base == "clip_index.json" or (base == "manifest.json" and f"{head}/done".lstrip("/") in folders):
             own += [f"{head}/{part}/".lstrip("/") for part in ("metadata", "failed")]
-    return [item for item in listing if not item[0].startswith(tuple(own))]
+    return [item for item in listing if not item[0].startswith(tuple(own))] if own else listing
 
 
 def kind_of(name: str) -> str | None:
@@ -114,7 +115,25 @@ def _compressed(source: str) -> str:
     return f"{source}: compressed tars cannot be read in part; uncompress them first, pictures gain nothing by it"
 
 
-def find(source: str, suffix: str, listing: Listing | None = None) -> list[Found]:
+class Files(Sequence[Found]):
+    """Files as `root + name`; what is kept of each is its name and its size, some 80 bytes."""
+
+    def __init__(self, root: str, named: Iterable[tuple[str, int]]):
+        self.root, self.names, self.sizes = root, [], array("q")
+        for name, size in named:
+            self.names.append(name)
+            self.sizes.append(size)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [self[number] for number in range(len(self))[place]]
+        return Found(self.root + self.names[place], self.sizes[place], self.names[place])
+
+
+def find(source: str, suffix: str, listing: Listing | None = None) -> Files:
     """The files of a source that is a folder, a path, or a brace or glob pattern. Raises UsageError where one is not.
 
     A folder's files are sorted by name, a pattern's as `storage.expand` orders them; each file comes once.
@@ -122,9 +141,8 @@ def find(source: str, suffix: str, listing: Listing | None = None) -> list[Found
     path = storage.absolute(source)
     if storage.is_folder(path):
         listing = _list(path, (suffix,)) if listing is None else listing
-        found = [
-            Found(storage.join(path, name), size, name) for name, size in listing if kind_of(name) == kind_of(suffix)
-        ]
+        kind = kind_of(suffix)
+        found = Files(storage.join(path, ""), (item for item in listing if kind_of(item[0]) == kind))
         if not found:
             raise UsageError(f"no {suffix} files in {source}")
         return found
@@ -140,7 +158,7 @@ def find(source: str, suffix: str, listing: Listing | None = None) -> list[Found
     folders = zip(*(path.split("/")[:-1] for path in paths), strict=False)
     shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, folders)
     start = sum(len(parts[0]) + 1 for parts in shared)
-    return [Found(path, size, path[start:]) for path, size in zip(paths, sizes, strict=True)]
+    return Files(paths[0][:start], ((path[start:], size) for path, size in zip(paths, sizes, strict=True)))
 
 
 def _size(path: str) -> int | None:
@@ -152,13 +170,15 @@ def _size(path: str) -> int | None:
         return None
 
 
-def key_prefixes(names: list[str], suffix: str) -> list[str]:
-    """What the keys of each file's samples begin with: its name without the suffix.
+def key_prefixes(names: list[str], suffix: str) -> Callable[[str], str]:
+    """What the keys of a file's samples begin with, by its name: the name without the suffix.
 
     The suffix stays where a key of the file could otherwise be one of another file too, as with `a.tar` and `a/b.tar`.
     """
-    taken = {name[:end] for name in names for end in range(len(name)) if name[end] == "/"} | set(names)
-    return [name if name.removesuffix(suffix) in taken else name.removesuffix(suffix) for name in names]
+    folders = {name.rpartition("/")[0] for name in names}
+    taken = {name[:end] for name in folders for end in range(len(name)) if name[end] == "/"} | folders | set(names)
+    ambiguous = {name for name in names if name.removesuffix(suffix) in taken}
+    return lambda name: name if name in ambiguous else name.removesuffix(suffix)
 
 
 def choose_modalities(

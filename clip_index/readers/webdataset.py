@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from clip_index import storage
 from clip_index.readers import sidecars, sources
-from clip_index.types import ClipIndexError, Sample, SampleError, Task
+from clip_index.types import ClipIndexError, Sample, SampleError, Task, Tasks
 
 _LOOKED_AT = 16
 """Tars, and samples of the first that has any, that are read to find out what a source holds."""
@@ -37,10 +37,21 @@ class WebdatasetReader:
 
     source: str
     modalities: tuple[str, ...]
+    found: sources.Files | None = field(default=None, repr=False, compare=False)
 
-    def plan(self, rows_per_shard: int) -> list[Task]:
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "found": None}  # a million names that no worker needs
+
+    def plan(self, rows_per_shard: int) -> Tasks:
         """One task a tar, whatever `rows_per_shard`: only reading tells how many samples a tar holds."""
-        return _plan(sources.find(self.source, ".tar"))
+        found = sources.find(self.source, ".tar") if self.found is None else self.found
+        prefix = sources.key_prefixes(found.names, ".tar")
+
+        def make(number: int) -> Task:
+            tar = found[number]
+            return Task(number, ((tar.path, tar.size, sources.printable(prefix(tar.name))),))
+
+        return Tasks(make, range(len(found)))
 
     def read(self, task: Task) -> Iterator[Sample]:
         """The samples of a tar. Raises ClipIndexError where the tar cannot be opened or its store fails."""
@@ -209,12 +220,6 @@ def _unique(key: str, seen: dict[str, int]) -> str:
     return unique
 
 
-def _plan(found: list[sources.Found]) -> list[Task]:
-    prefixes = sources.key_prefixes([tar.name for tar in found], ".tar")
-    items = ((tar.path, tar.size, sources.printable(prefix)) for tar, prefix in zip(found, prefixes, strict=True))
-    return [Task(number, (item,)) for number, item in enumerate(items)]
-
-
 def open_source(
     source: str, asked: tuple[str, ...] | None = None, *, listing: sources.Listing | None = None
 ) -> WebdatasetReader:
@@ -222,7 +227,7 @@ def open_source(
     found = sources.find(source, ".tar", listing)
     place = source if source.startswith("{") else storage.absolute(source)
     if asked is not None:
-        return WebdatasetReader(place, asked)
+        return WebdatasetReader(place, asked, found)
     images = texts = False
     damage = ""
     for tar in found[:_LOOKED_AT]:
@@ -237,4 +242,5 @@ def open_source(
             raise ClipIndexError(f"cannot read {tar.path}: {error.strerror or error}") from error
         if images or texts:
             break
-    return WebdatasetReader(place, sources.choose_modalities(None, source, images=images, texts=texts, hint=damage))
+    modalities = sources.choose_modalities(None, source, images=images, texts=texts, hint=damage)
+    return WebdatasetReader(place, modalities, found)
