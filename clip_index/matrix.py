@@ -67,7 +67,7 @@ class IndexMatrix:
                 at = np.searchsorted(self._picked, numbers)
                 kept = self._picked[np.minimum(at, len(self._picked) - 1)] == numbers
                 numbers, block = at[kept], block[kept]
-            yield numbers, block
+            yield numbers, block.astype(np.float32, copy=False)
 
 
 class AsStored:

@@ -70,7 +70,7 @@ class OneStage:
             raise ClipIndexError("this index does not give its vectors back: build it with --engine faiss") from error
 
     def stored(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(row numbers int64 [n], vectors float32 [n, dim]) from one place to another in the order of the file."""
+        """(row numbers int64 [n], vectors [n, dim]) from one place to another in the order of the file."""
         rows = np.arange(start, end)
         return rows, self.vectors_of(rows)
 

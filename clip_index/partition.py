@@ -79,6 +79,12 @@ def compared(lists: int) -> float:
     return groups + min(lists, _CROWDED * lists * min(_NEAR_GROUPS, groups) / groups)
 
 
+def training(sample: int, lists: int) -> float:
+    """How often a vector of the sample is compared with a centroid while `train` splits it, in all."""
+    groups = group_count(lists)
+    return sample * (groups + _LIST_ITERATIONS * lists / groups + _LLOYD_ITERATIONS * compared(lists))
+
+
 def _means(sample: np.ndarray, lists: np.ndarray, before: np.ndarray) -> np.ndarray:
     """The mean of each list; an empty one takes a random vector of the sample, which splits a list of many."""
     order = np.argsort(lists, kind="stable")

@@ -79,14 +79,12 @@ def _seconds(rows: int, dim: int, lists: int, rates: Rates) -> dict[str, float]:
     exact = _QUERIES * rows / rates.compared
     if not lists:
         return {"write": 2 * dim * rows / rates.hashed, "measure": exact}
-    sample, groups = two_stage_build.SAMPLE_PER_LIST * lists, partition.group_count(lists)
-    compared = partition.compared(lists)
-    train = sample * (groups + 6 * lists / groups + 3 * compared) + 4 * 10 * lists * groups
+    training = partition.training(two_stage_build.SAMPLE_PER_LIST * lists, lists)
     tried = [count for count in points.grid(lists) if count <= _TYPICAL_LISTS]
     tried += points.grid(lists)[len(tried) :][:MORE_STEPS]
     return {
-        "train": 2.0 * dim * train / rates.flops,
-        "add": 2.0 * dim * rows * compared / rates.flops,
+        "train": training / rates.trained,
+        "add": rows * partition.compared(lists) / rates.assigned,
         "write": rows / rates.encoded,
         "exact search": exact,
         "tune": _QUERIES / 2 * sum(rates.query_s + count * rates.list_s for count in tried),

@@ -26,6 +26,7 @@ def query(
     index: str | None = None,
     modality: Literal["image", "text"] | None = None,
     device: str = "auto",
+    exact: bool = False,
     json: bool = False,
     html: str | None = None,
     pictures: Literal["auto", "kitty", "iterm", "blocks", "none"] = "auto",
@@ -42,6 +43,7 @@ def query(
         clip-index query "2:dog + ./beach.jpg"
         clip-index query "a dog" --where "width >= 512 and caption like '%red%'"
         clip-index query --texts queries.txt --json
+        clip-index query --texts queries.txt --exact --device cuda
         clip-index query "a dog" --dedup --html sheet.html
         clip-index query "a dog" --json
 
@@ -56,7 +58,8 @@ def query(
         threshold: the similarity from which on --dedup takes two rows for copies
         index: the folder that `clip-index build-index` wrote
         modality: search among pictures or among captions; pictures if the index has them
-        device: where the model runs: cpu, cuda, cuda:1
+        device: where the model runs, and the comparisons of --exact: cpu, cuda, cuda:1
+        exact: compare every row, in place of those that the index finds
         json: print one JSON document
         html: write a contact sheet, one HTML file with everything in it
         pictures: how a terminal shows the best matches
@@ -75,7 +78,7 @@ def query(
         lines = _lines(texts)
     from clip_index.search import Searcher
 
-    searcher = Searcher(index, device=device)
+    searcher = Searcher(index, device=device, exact=exact)
     if texts is not None:
         options = {"k": k, "modality": modality, "where": where, "dedup": threshold if dedup else None}
         _show_all(lines, searcher.search_many(texts=lines, **options), json)

@@ -1,6 +1,6 @@
 """What this machine does in a second: the steps of a build, each run on a small part of what a large one would do.
 
-1. Random rows are assigned to the lists of a partition as large as that of a million rows.
+1. A sample is split among lists; rows are assigned to as many lists as a million rows have.
 2. An index over them is built in a temporary folder, with lists as long as the planned ones.
 3. Exact search, tuning, searches and checksums are timed on it, by the functions that a build calls.
 """
@@ -35,12 +35,14 @@ _POINT, _K = Point(64, 400), 101
 class Rates:
     """What a second does, and what takes how many seconds.
 
-    `flops` while rows are compared with centroids; `encoded` rows gathered, encoded and written; `compared` queries
-    times rows in exact search; `hashed` bytes of finished files. `query_s` seconds of a query in one step of tuning,
-    and `list_s` more for each list that it looks into; `search_s` of a query of many at once.
+    `trained` and `assigned` comparisons of a vector with a centroid, in training and afterwards; `encoded` rows
+    gathered, encoded and written; `compared` queries times rows in exact search; `hashed` bytes of finished files.
+    `query_s` seconds of a query in one step of tuning, and `list_s` more for each list that it looks into; `search_s`
+    of a query of many at once.
     """
 
-    flops: float
+    trained: float
+    assigned: float
     encoded: float
     compared: float
     query_s: float
@@ -53,9 +55,10 @@ def measure_rates(dim: int, rows_per_list: int = 256) -> Rates:
     """Measure this machine with vectors of so many dimensions, in some seconds."""
     rng = np.random.default_rng(0)
     rows = normalize(rng.standard_normal((_ROWS, dim), dtype=np.float32)).astype(np.float16)
+    sample, few_lists = rows[: _ROWS // 2].astype(np.float32), _ROWS // 2 // two_stage_build.SAMPLE_PER_LIST
+    trained = partition.training(len(sample), few_lists) / _seconds(lambda: partition.train(sample, few_lists))
     parts = partition.Partition(rows[:_LISTS])
-    pairs = _ROWS * partition.compared(_LISTS)
-    flops = 2.0 * dim * pairs / _best(lambda: parts.assign(rows.astype(np.float32)))
+    assigned = _ROWS * partition.compared(_LISTS) / _seconds(lambda: parts.assign(rows.astype(np.float32)))
     with tempfile.TemporaryDirectory(prefix="clip-index-") as folder:
         np.save(f"{folder}/given.npy", rows)
         vectors, steps = OthersVectors(folder, ["given.npy"]), Steps()
@@ -64,17 +67,18 @@ def measure_rates(dim: int, rows_per_list: int = 256) -> Rates:
         files = [f"{folder}/{name}" for name in ("index", VECTORS, ROWS)]
         opened = open_files(*files)
         queries = Queries("image", vectors.take(rng.integers(0, _ROWS, _QUERIES)), np.full(_QUERIES, -1))
-        exact = _QUERIES * _ROWS / _best(lambda: recall.exact_neighbours(vectors, queries, _K - 1), 1)
+        exact = _QUERIES * _ROWS / _seconds(lambda: recall.exact_neighbours(vectors, queries, _K - 1))
         few = Queries("image", queries.vectors[:_TUNED])
         truth = recall.exact_neighbours(vectors, few, _K - 1)
-        near, far = lists // 8, lists // 2
-        short, long = (_best(lambda: try_lists(opened, vectors, few, truth, count)) / _TUNED for count in (near, far))  # noqa: B023
-        list_s = max(0.0, long - short) / (far - near)
         asked = queries.vectors[:_SEARCHED]
-        search_s = _best(lambda: opened.search(asked, _K, _POINT)) / _SEARCHED
-        hashed = sum(map(os.path.getsize, files)) / _best(lambda: [_check(name) for name in files])
+        search_s = _seconds(lambda: opened.search(asked, _K, _POINT)) / _SEARCHED
+        near, far = lists // 8, lists // 2
+        short = _seconds(lambda: try_lists(opened, vectors, few, truth, near)) / _TUNED
+        long = _seconds(lambda: try_lists(opened, vectors, few, truth, far)) / _TUNED
+        list_s = max(0.0, long - short) / (far - near)
+        hashed = sum(map(os.path.getsize, files)) / _seconds(lambda: [_check(name) for name in files])
     query_s = max(0.0, short - near * list_s)
-    return Rates(flops, _ROWS / steps.seconds["write"], exact, query_s, list_s, search_s, hashed)
+    return Rates(trained, assigned, _ROWS / steps.seconds["write"], exact, query_s, list_s, search_s, hashed)
 
 
 def _check(name: str) -> None:
@@ -83,10 +87,7 @@ def _check(name: str) -> None:
         sha256(file)
 
 
-def _best(work: Callable[[], object], times: int = 2) -> float:
-    seconds = []
-    for _ in range(times):
-        started = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

@@ -33,14 +33,16 @@ _BATCH = 256
 class Searcher:
     """An open index. Safe to use from many threads: a search changes nothing that another one reads.
 
-    `index` is a folder or URL; without it, `find_index` chooses. `device` is where the encoder runs. Raises
-    ClipIndexError for an index that is damaged or was made with another encoder than the one of that name here.
+    `index` is a folder or URL; without it, `find_index` chooses. `device` is where the encoder runs and, with `exact`,
+    where every row is compared with a query (`clip_index.exhaustive`). Raises ClipIndexError for an index that is
+    damaged or was made with another encoder than the one of that name here, UsageError where there is no such device.
     """
 
-    def __init__(self, index: str | None = None, *, device: str = "auto"):
+    def __init__(self, index: str | None = None, *, device: str = "auto", exact: bool = False):
         self._folder = IndexFolder(find_index(index))
         self.path = self._folder.folder
         self._queries = QueryVectors(self._folder.marker.config, self.path, device)
+        self._device, self._exact = device, exact
         self._lock = threading.Lock()
         self._indices: dict[str, Opened] = {}
         self._metadata = self._open_metadata()
@@ -192,7 +194,8 @@ class Searcher:
         return modality
 
     def _point(self, modality: str, kind: str | None, nprobe: int | None, rerank: int | None) -> Point | None:
-        points = {name: Point(**point) for name, point in self._folder.marker.search[modality].items()}
+        chosen = {} if self._exact else self._folder.marker.search[modality]
+        points = {name: Point(**point) for name, point in chosen.items()}
         if kind is not None and kind not in MODALITIES:
             raise UsageError(f"a query is made of {' or '.join(MODALITIES)}, not of {kind!r}")
         for name, value in (("nprobe", nprobe), ("rerank", rerank)):
@@ -234,6 +237,10 @@ class Searcher:
                 if (opened.rows, opened.dim) != (self.rows, self.dim):
                     path = storage.join(self.path, f"{modality}.index")
                     raise ClipIndexError(f"{path} does not have the rows that its marker says: build the index again")
+                if self._exact:
+                    from clip_index.exhaustive import Exhaustive
+
+                    opened = Exhaustive(opened, self._device)
                 self._indices[modality] = opened
             return self._indices[modality]
 

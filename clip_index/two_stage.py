@@ -85,8 +85,8 @@ class TwoStage:
         return vectors
 
     def stored(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """(row numbers int64 [n], vectors float32 [n, dim]) from one place to another in the order of the lists."""
-        return self._rows[start:end].astype(np.int64), self._vectors[start:end].astype(np.float32)
+        """(row numbers int64 [n], vectors float16 [n, dim]) from one place to another in the order of the lists."""
+        return self._rows[start:end].astype(np.int64), self._vectors[start:end]
 
     def _places_of(self, rows: np.ndarray) -> np.ndarray:
         with self._lock:

@@ -30,7 +30,7 @@ def searched(monkeypatch, picture):
     asked = []
 
     class Searcher:
-        def __init__(self, index=None, *, device="auto"):
+        def __init__(self, index=None, *, device="auto", exact=False):
             asked.append({"index": index, "device": device})
             self.path = "/the/index"
 

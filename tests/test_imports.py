@@ -60,9 +60,9 @@ ROOMS = {
         late="faiss autofaiss embedding_reader pyarrow duckdb",
     ),
     "search": Room(
-        "search query_vectors expression given_image distinct narrow",
+        "search query_vectors expression given_image distinct narrow exhaustive",
         top="types storage locations store index numpy",
-        late="encoders faiss PIL",
+        late="encoders faiss PIL torch",
     ),
     "life": Room(
         "copies duplicate_lists exports upkeep",
