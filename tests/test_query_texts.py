@@ -16,7 +16,7 @@ def asked(monkeypatch):
     calls = []
 
     class Searcher:
-        def __init__(self, index=None, *, device="auto"):
+        def __init__(self, index=None, *, device="auto", exact=False):
             pass
 
         def search_many(self, *, texts, **options):
