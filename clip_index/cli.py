@@ -20,6 +20,7 @@ from clip_index.console import beside, count, note, print_json, suggest
 from clip_index.convert import convert
 from clip_index.dedup import dedup
 from clip_index.download import download
+from clip_index.end2end import end2end
 from clip_index.export import export
 from clip_index.filter import filter
 from clip_index.query import query
@@ -260,6 +261,7 @@ PROGRAM = Program(
         "finalize": finalize,
         "build-index": build_index,
         "query": query,
+        "end2end": end2end,
         "append": append,
         "delete": delete,
         "merge": merge,

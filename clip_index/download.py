@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from clip_index.command import with_options
 from clip_index.console import beside, print_json, suggest
 from clip_index.download_options import DownloadOptions
+
+if TYPE_CHECKING:
+    from clip_index.downloads import DownloadSummary
 
 
 @with_options(DownloadOptions)
@@ -27,17 +31,24 @@ def download(urls: str, output: str, *, options: DownloadOptions, json: bool = F
         output: folder for the pictures
         json: print one JSON document
     """
-    from clip_index.download_report import Line, format_summary
-    from clip_index.downloads import download
+    from clip_index.download_report import format_summary
 
-    with Line() as line:
-        try:
-            summary = download(urls, output, options, say=line.say, watch=line.show)
-        except KeyboardInterrupt:
-            line.say(f"{output}: finished shards are kept, the same command goes on with the others")
-            raise
+    summary = watch_download(urls, output, options)
     if json:
         print_json(asdict(summary))
     else:
         print(format_summary(summary))
         suggest("embed", output, beside(output, "embeddings"))
+
+
+def watch_download(urls: str, output: str, options: DownloadOptions) -> DownloadSummary:
+    """Download, showing on stderr how far it is. Raises as `downloads.download` does."""
+    from clip_index.download_report import Line
+    from clip_index.downloads import download
+
+    with Line() as line:
+        try:
+            return download(urls, output, options, say=line.say, watch=line.show)
+        except KeyboardInterrupt:
+            line.say(f"{output}: finished shards are kept, the same command goes on with the others")
+            raise

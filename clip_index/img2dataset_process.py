@@ -2,7 +2,7 @@
 
 1. It has a process group of its own, so that an interrupt is the parent's to handle; when stdin ends, because the
    parent has, the group is ended.
-2. Workers import this file again: what happens here at the top happens in each of them.
+2. Workers import this file again, as `__mp_main__`: what it does at the top happens in each of them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ import types
 import warnings
 
 WITHOUT_WANDB = "CLIP_INDEX_WITHOUT_WANDB"
-warnings.simplefilter("ignore")
-# Each process would import these two, which take seconds and twice the memory, and use nothing of them: webdataset
-# imports torch where it can, img2dataset wandb whether it is asked to report or not.
-sys.modules["torch"] = None  # type: ignore[assignment]
-if os.environ.get(WITHOUT_WANDB):
-    sys.modules["wandb"] = types.ModuleType("wandb")
+if __name__ in ("__main__", "__mp_main__"):
+    warnings.simplefilter("ignore")
+    # Each process would import these two, which take seconds and twice the memory, and use nothing of them: webdataset
+    # imports torch where it can, img2dataset wandb whether it is asked to report or not.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    if os.environ.get(WITHOUT_WANDB):
+        sys.modules["wandb"] = types.ModuleType("wandb")
 
 
 def _end_with_parent() -> None:

@@ -76,7 +76,7 @@ ROOMS = {
     ),
     "show": Room("render terminal sheet thumbnails", top="types storage", late="preprocess PIL"),
     "cli": Room(
-        "__init__ __main__ cli build download download_report query filter dedup change "
+        "__init__ __main__ cli build download download_report end2end query filter dedup change "
         "convert export embed_report command arguments front_door "
         "console",
         top="_version download_options",
