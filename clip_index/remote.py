@@ -36,7 +36,7 @@ _PASSING = {
 }  # fmt: skip
 _PASSING_KINDS = {
     "HTTPClientError", "EndpointConnectionError", "ResponseParserError",  # botocore
-    "ClientPayloadError", "ClientError",  # aiohttp
+    "ClientPayloadError", "ClientConnectionError",  # aiohttp
     "TransportError",  # httpx, google.auth
     "ServiceRequestError", "ServiceResponseError",  # azure.core
 }  # fmt: skip
@@ -107,16 +107,18 @@ def _status(error: BaseException | None) -> int | None:
     return None
 
 
-def _passes(error: Exception) -> bool:
+def _passes(error: BaseException) -> bool:
     """Whether the same request may succeed later. Clients raise classes of their own beside OSError."""
+    if isinstance(error, _LASTING):  # some clients take whatever happens for a missing file
+        return error.__cause__ is not None and _passes(error.__cause__)
+    if isinstance(error, ShortRead | TimeoutError | ConnectionError):
+        return True
+    if not _PASSING_KINDS.isdisjoint(base.__name__ for base in type(error).__mro__):
+        return not isinstance(error, OSError) or error.errno is None or error.errno in _PASSING
     status = _status(error)
     if status is not None:
         return status in (408, 429) or status >= 500
-    if isinstance(error, ShortRead | TimeoutError | ConnectionError):
-        return True
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _PASSING
-    return not _PASSING_KINDS.isdisjoint(base.__name__ for base in type(error).__mro__)
+    return isinstance(error, OSError) and error.errno in _PASSING
 
 
 def read_range(path: str, offset: int, length: int) -> bytes:
