@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,16 +15,16 @@ PICTURES = sorted(SAMPLE.rglob("*.jpg"))
 
 
 class PictureServer(ThreadingHTTPServer):
-    """`/N.jpg` is a picture of the sample; `/gone`, `/text`, `/reset` fail; `pause` comes before each answer."""
+    """`/N.jpg` is a picture of the sample; `/gone`, `/text`, `/reset` fail; `late` waits for `release`."""
 
     daemon_threads = True
     request_queue_size = 128
-    pause = 0.0
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.asked: Counter[str] = Counter()
+        self.release = threading.Event()
 
     def handle_error(self, *_: object) -> None:
         """A client that was killed is no news."""
@@ -36,7 +35,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked[self.path] += 1
-        time.sleep(self.server.pause)
+        if "late" in self.path:
+            self.server.release.wait(60)
         name = self.path.strip("/").split("?")[0].split(",")[0]
         if name == "reset":
             self.connection.close()
@@ -66,5 +66,6 @@ def serve() -> Iterator[PictureServer]:
         try:
             yield server
         finally:
+            server.release.set()
             server.shutdown()
             thread.join()

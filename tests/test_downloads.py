@@ -7,7 +7,6 @@ import csv
 import importlib.util
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -95,56 +94,50 @@ def test_a_list_of_several_formats_with_pictures_that_fail(server, tmp_path):
 
 def test_killed_and_run_again(server, tmp_path):
     """No sample is lost or doubled, tars are whole, finished shards are not fetched again, and no process is left."""
-    source = tmp_path / "list.txt"
-    urls = [f"{server.url}/{i % 40}.jpg?killed={i}" for i in range(24)]
+    server.release.clear()
+    source, images = tmp_path / "list.txt", tmp_path / "images"
+    urls = [f"{server.url}/{i}.jpg?killed{'late' if i >= 15 else ''}" for i in range(24)]
     source.write_text("\n".join(urls))
-    images = tmp_path / "images"
-    words = [*COMMAND, str(source), str(images), "--number_sample_per_shard", "6", "--thread_count", "1"]
+    words = [*COMMAND, source, images, "--number_sample_per_shard", "6", "--thread_count", "1"]
     words += ["--processes_count", "1", "--caption_col", "none"]
-    server.pause = 0.15
-    try:
-        process = subprocess.Popen(words, stderr=subprocess.PIPE)
-        wait_for(lambda: (images / "00001_stats.json").exists() and (images / "00002.tar").exists(), process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    finally:
-        server.pause = 0.0
+    process = subprocess.Popen(words, stderr=subprocess.PIPE)
+    wait_for(lambda: any("killedlate" in path for path in server.asked), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    server.release.set()
     quiet = 0
     while quiet < 5:  # whoever still fetched would go on to ask
         before = sum(server.asked.values())
         time.sleep(0.1)
         quiet = quiet + 1 if sum(server.asked.values()) == before else 0
-    done = [path.name[:5] for path in images.glob("*_stats.json")]
-    assert "00002.tar" in os.listdir(images) and "00003" not in done
+    assert sorted(path.name for path in images.glob("*_stats.json")) == ["00000_stats.json", "00001_stats.json"]
+    assert (images / "00002.tar").exists() and sum("killed" in path for path in server.asked) == 16
     again = subprocess.run(words, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert f"{images}: {len(done)} of 4 shards are there from earlier runs" in again.stderr
+    assert f"{images}: 2 of 4 shards are there from earlier runs" in again.stderr
     assert "24 pictures in 4 shards" in again.stdout
     rows = [json.loads(member) for member in json_members(images)]
     assert sorted(row["url"] for row in rows) == sorted(urls)
-    finished = [url for shard in done for url in urls[6 * int(shard) : 6 * int(shard) + 6]]
-    assert {server.asked[url.removeprefix(server.url)] for url in finished} == {1}
+    assert {server.asked[url.removeprefix(server.url)] for url in urls[:12]} == {1}
     assert sorted(path.name for path in images.iterdir() if not path.name.startswith("0000")) == ["clip_index_download"]
 
 
 def test_interrupted(server, tmp_path):
     """Ctrl-C ends all processes, and leaves what can be read and gone on with."""
-    write_csv(tmp_path / "list.csv", [(f"{server.url}/{i}.jpg?stop", "x", i) for i in range(20)])
-    images = tmp_path / "images"
-    server.pause = 0.3
-    try:
-        words = [*COMMAND, tmp_path / "list.csv", images, "--number_sample_per_shard", "10", "--thread_count", "2"]
-        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-        wait_for((images / "00000.tar").exists, process)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate()
-    finally:
-        server.pause = 0.0
+    server.release.clear()
+    rows = [(f"{server.url}/{i}.jpg?stopped{'late' if i >= 10 else ''}", "x", i) for i in range(20)]
+    source, images = write_csv(tmp_path / "list.csv", rows), tmp_path / "images"
+    words = [*COMMAND, source, images, "--number_sample_per_shard", "10", "--timeout", "60"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (images / "00000_stats.json").exists() and (images / "00001.tar").exists(), process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    server.release.set()
     assert process.returncode == 130 and err.splitlines()[-1] == "clip-index: interrupted"
     assert "the same command goes on" in err
-    left = [path for path in images.iterdir() if path.name != "clip_index_download"]
-    assert all((images / f"{path.name[:5]}_stats.json").exists() for path in left)
-    samples(images)
+    kept = [f"00000{suffix}" for suffix in (".parquet", ".tar", "_stats.json")]
+    assert sorted(path.name for path in images.iterdir()) == [*kept, "clip_index_download"]
+    assert sorted(samples(images)) == sorted(url for url, *_ in rows[:10])
 
 
 def wait_for(condition, process: subprocess.Popen) -> None:
