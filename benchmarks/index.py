@@ -8,7 +8,8 @@
 Each method runs in a process of its own, on the same embeddings and the same held-out queries; exact search of the
 float16 rows says what is right. `p50` and `p99` are milliseconds of one query of 10 results on one thread, `CPU` its
 processor time, which other programs on the machine change less, `QPS` one batch of all queries on all threads. `MB`
-is on disk, `B/row` what is read again and again from memory. `peak` is memory that is not a page of a file.
+is on disk, `B/row` what is read again and again from memory. `peak` is memory that is not a page of a file. A line of
+`ours` says how long a new process takes from its imports to the first answer of `Searcher(index).search(...)`.
 The pictures are those of the Debian package openclipart-png; `apt-get download openclipart-png` fetches it.
 """
 
@@ -98,6 +99,23 @@ Built = tuple[Search, list[str], float]
 """A search of (queries, kind of query), the files that it reads, the bytes that it reads again and again."""
 
 
+FIRST = """
+import sys, time
+import faiss, numpy, pyarrow
+from clip_index import metadata, search
+query = numpy.load(sys.argv[2])[0]
+started = time.perf_counter()
+search.Searcher(sys.argv[1]).search(vector=query)
+print(1000 * (time.perf_counter() - started))
+"""
+
+
+def first_answer(index: str, queries: Path) -> float:
+    """Milliseconds from opening an index to its first answer, in a process of its own; the median of five."""
+    command = [sys.executable, "-c", FIRST, index, str(queries)]
+    return float(np.median([float(subprocess.check_output(command)) for _ in range(5)]))
+
+
 def build_ours(folder: Path, scratch: str, options: argparse.Namespace) -> Built:
     """`clip-index build-index` of the images, tuned with the texts."""
     from clip_index.index import build_index
@@ -111,6 +129,7 @@ def build_ours(folder: Path, scratch: str, options: argparse.Namespace) -> Built
     files = [f"{scratch}/{name}" for name in os.listdir(scratch) if name.startswith("image.")]
     steps = ", ".join(f"{step} {seconds:.1f}" for step, seconds in part["seconds"].items())
     print(f"  ours: {part['index_key']}, points {points}; seconds: {steps}", file=sys.stderr)
+    print(f"  ours: first answer in {first_answer(scratch, folder / 'queries_text.npy'):.0f} ms", file=sys.stderr)
     return (
         lambda queries, kind: opened.search(queries, K, Point(**points[kind]) if points else None),
         files,

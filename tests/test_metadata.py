@@ -18,8 +18,10 @@ def written(tmp_path, rows, shard_rows):
     return Metadata(str(tmp_path / "metadata.arrow"))
 
 
-def test_rows_keep_their_order_whatever_the_batches(tmp_path, monkeypatch):
+@pytest.mark.parametrize("few", [0, 64])
+def test_rows_keep_their_order_whatever_the_batches(tmp_path, monkeypatch, few):
     monkeypatch.setattr(metadata, "BATCH_ROWS", 7)
+    monkeypatch.setattr(metadata, "_FEW_ROWS", few)
     rows = metadata_rows(0, 40)
     table = written(tmp_path, rows, [11, 0, 28, 1])
     assert table.rows == 40
@@ -30,7 +32,9 @@ def test_rows_keep_their_order_whatever_the_batches(tmp_path, monkeypatch):
     assert table.take([]) == []
 
 
-def test_columns_that_differ_between_shards(tmp_path):
+@pytest.mark.parametrize("few", [0, 64])
+def test_columns_that_differ_between_shards(tmp_path, monkeypatch, few):
+    monkeypatch.setattr(metadata, "_FEW_ROWS", few)
     sidecars = [
         {"score": 1, "id": 7, "note": "x", "empty": None},
         {"score": 0.5, "id": "seven", "empty": None},
