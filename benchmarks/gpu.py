@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py [--images 16384]
 
-The tower gets bytes that are on the device already; its rate is set beside what the device multiplies in bfloat16. The
-command is run on tars of 256-pixel JPEGs and of 1024x768 ones, with captions, twice each: the rate is the second run's,
+The tower runs as it is and compiled, on bytes that are on the device already, and through the encoder, with the copies
+there and back; its rate is set beside what the device multiplies in bfloat16. The command is run on tars of 256-pixel JPEGs and of 1024x768 ones, with captions, twice each: the rate is the second run's,
 once running. Without a CUDA device it says so and ends.
 """
 
@@ -27,10 +27,10 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from clip_index.clip.config import ARCHITECTURES
-from clip_index.clip.folding import byte_tower, fold
 from clip_index.clip.model import CLIP
 from clip_index.embed_job import cores
-from clip_index.encoders.clip import prepare
+from clip_index.encoders.clip import ClipEncoder
+from clip_index.encoders.compiled import Compiled
 from clip_index.preprocess import Preprocess
 
 TARGETS = {"ViT-B-32": 20_000, "ViT-L-14": 3_000}
@@ -59,15 +59,24 @@ def matmul_peak(size: int = 8192) -> float:
 
 
 @torch.inference_mode()
-def tower_rate(name: str) -> tuple[float, float]:
-    """(img/s of the image tower alone, operations a picture)."""
+def tower_rates(name: str) -> tuple[dict[str, float], float]:
+    """(img/s of the image tower as it is, compiled, and compiled with all copies, operations a picture)."""
     model = CLIP(ARCHITECTURES[name]).reset_parameters().eval()
-    size = model.visual.input_resolution
+    size, patches = model.visual.input_resolution, model.config.vision.grid**2
     with FlopCounterMode(display=False) as counter:
         model.encode_image(torch.zeros(1, 3, size, size))
-    tower = prepare(byte_tower(fold(model.visual), Preprocess(size=size)), "bf16", torch.device("cuda"))
-    images = torch.randint(0, 256, (BATCH, size, size, 3), device="cuda", dtype=torch.uint8)
-    return rate(lambda: tower(images), BATCH), counter.get_total_flops()
+    device = torch.device("cuda")
+    told = {"name": name, "fingerprint": "", "precision": "bf16", "towers": ("image",)}
+    encoder = ClipEncoder(model, Preprocess(size=size), device=device, **told)
+    compiled = encoder._image = Compiled(encoder._image.tower, patches, worth=0)
+    images = np.random.default_rng(0).integers(0, 256, (BATCH, size, size, 3), dtype=np.uint8)
+    there = torch.from_numpy(images).to(device)
+    rates = {
+        "eager": rate(lambda: compiled.tower(there), BATCH),
+        "compiled": rate(lambda: compiled(there), BATCH),
+        "copied": rate(lambda: encoder.encode_image(images), BATCH),
+    }
+    return rates, counter.get_total_flops()
 
 
 def make_tars(folder: Path, images: int, small: bool) -> str:
@@ -112,7 +121,9 @@ def main() -> None:
         return
     peak = matmul_peak()
     print(f"{torch.cuda.get_device_name()}, {cores()} cores; matmul peak bf16 {peak / 1e12:.0f} TFLOP/s")
-    print(f"{'':10}{'tower img/s':>12}{'of peak':>9}{'256 px':>9}{'target':>9}{'1024x768':>10}")
+    print(
+        f"{'img/s':10}{'eager':>9}{'compiled':>10}{'of peak':>9}{'copied':>9}{'256 px':>9}{'target':>9}{'1024x768':>10}"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         kinds = {
@@ -120,13 +131,14 @@ def main() -> None:
             "1024x768": make_tars(folder / "large", images, False),
         }
         for name, target in TARGETS.items():
-            alone, operations = tower_rate(name)
+            towers, operations = tower_rates(name)
             torch.cuda.empty_cache()
             weights = folder / f"{name}.pt"
             torch.save(dict(CLIP(ARCHITECTURES[name]).reset_parameters().state_dict()), weights)
             rates = {kind: embed_rate(tars, weights, name, folder / f"{name} {kind}") for kind, tars in kinds.items()}
             print(
-                f"{name:10}{alone:12.0f}{alone * operations / peak:9.0%}"
+                f"{name:10}{towers['eager']:9.0f}{towers['compiled']:10.0f}"
+                f"{towers['compiled'] * operations / peak:9.0%}{towers['copied']:9.0f}"
                 f"{rates['256 px']:9.0f}{target:9}{rates['1024x768']:10.0f}"
             )
 

@@ -55,7 +55,7 @@ def embed(
     devices: str = "auto",
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto",
     decode: Literal["exact", "fast"] = "exact",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     rows_per_shard: int = 10_000,
     max_failure_rate: float = 0.5,
     update: bool = False,
@@ -88,7 +88,7 @@ def embed(
         devices: where the model runs, a worker each: cpu, cpu*4, cuda, cuda:0,cuda:1; auto takes every GPU
         precision: the number format that the model computes in; int8 is for CLIP on CPUs and is never auto
         decode: fast shrinks large JPEGs while it decodes them; `clip-index models --check` says what it costs
-        batch_size: samples that go through the model at once
+        batch_size: samples that go through the model at once; by itself 32 on a CPU, 256 on a GPU
         rows_per_shard: rows of a shard, where the input does not decide it
         max_failure_rate: stop when a larger share of the samples fails
         update: embed shards again whose input has changed

@@ -41,6 +41,8 @@ class EmbedPlan:
         open_[self.done.ids // self.rank.world] = False
         return Tasks(self.tasks.__getitem__, array("q", np.flatnonzero(open_).astype(np.int64).tobytes()))
 
+_BATCH_SIZES = {"cpu": 32, "cuda": 256}
+
 
 def plan_embedding(
     source: str,
@@ -52,7 +54,7 @@ def plan_embedding(
     devices: str = "auto",
     precision: str = "auto",
     decode: str = "exact",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     rows_per_shard: int = 10_000,
     update: bool = False,
     retry_failed: bool = False,
@@ -72,7 +74,7 @@ def plan_embedding(
         raise UsageError(f"executor must be local or spark, not {executor!r}")
     part = cluster.find_rank(rank, world, {} if executor == "spark" else os.environ)
     for name, value in {"batch_size": batch_size, "rows_per_shard": rows_per_shard}.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise UsageError(f"{name} must be at least 1, not {value}")
     output = storage.absolute(output)
     reader = open_reader(
@@ -109,7 +111,7 @@ def plan_embedding(
         config,
         workers[0],
         threads=threads,
-        batch_size=batch_size,
+        batch_size=batch_size or _BATCH_SIZES[workers[0].partition(":")[0]],
         width=width,
         retry_failed=retry_failed,
     )

@@ -19,6 +19,7 @@ from clip_index.clip.model import CLIP, VisionTransformer
 from clip_index.clip.packed import pack
 from clip_index.clip.tokenizer import tokenize
 from clip_index.encoders.batches import Batches
+from clip_index.encoders.compiled import Compiled
 from clip_index.encoders.library import check_images
 from clip_index.encoders.runtime import DTYPES, float_precision, resolve_device, resolve_precision
 from clip_index.preprocess import Preprocess
@@ -59,7 +60,8 @@ class ClipEncoder:
         visual, model.visual = model.visual, torch.nn.Identity()
         if "image" in towers:
             tower = byte_tower(fold(visual), preprocess)
-            self._image = prepare(tower, precision, device, lambda: [tower(block) for block in _pixels(preprocess)])
+            ready = prepare(tower, precision, device, lambda: [tower(block) for block in _pixels(preprocess)])
+            self._image = Compiled(ready, self._patches) if device.type == "cuda" else ready
         if "text" in towers:
             fold(model)
             self._text = prepare(
@@ -71,7 +73,8 @@ class ClipEncoder:
         check_images(images, self.preprocess.size)
         if not len(images):
             return np.empty((0, self.dim), np.float32)
-        return self._batches.run(self._image, torch.from_numpy(images), self._patches)
+        fixed = isinstance(self._image, Compiled)
+        return self._batches.run(self._image, torch.from_numpy(images), self._patches, fixed=fixed)
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
         """n texts, cut at the model's context length, to float32 [n, dim], unit rows."""
@@ -79,7 +82,8 @@ class ClipEncoder:
         vectors = np.empty((len(texts), self.dim), np.float32)
         lengths = self._text.end_of_text(tokens).numpy() + 1
         for rows in groups_of_similar_length(lengths, self._step):
-            longest = self._context_length if self._step == self._context_length else lengths[rows].max()
+            # a multiple of the step: few shapes, and what is behind the end of a text changes nothing
+            longest = min(-(-lengths[rows].max() // self._step) * self._step, self._context_length)
             group = tokens[torch.from_numpy(rows), :longest]
             vectors[rows] = self._batches.run(self._text.encode_text, group, group.shape[1])
         return vectors
