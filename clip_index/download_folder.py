@@ -36,9 +36,16 @@ class DownloadFolder:
         self._known: dict[str, dict[str, Any]] = {}
         if storage.exists(self.path) and not storage.is_folder(self.path):
             raise UsageError(f"{path} is a file: name a folder to download into")
-        strange = [name for name in storage.list_names(self.path) if name.endswith(".json") and not _STATS.match(name)]
+        names = storage.list_names(self.path)
+        strange = [name for name in names if name.endswith(".json") and not _STATS.match(name)]
+        if MARKER not in names and not self.begun():  # what looks like a shard is one of something else
+            strange += [name for name in names if _SHARD.match(name)]
         if strange:
             raise UsageError(f"{path} holds other files ({strange[0]}): name a new folder to download into")
+
+    def begun(self) -> bool:
+        """Whether any shard was ever finished."""
+        return any(_STATS.match(name) for name in storage.list_names(self.path))
 
     def marker(self) -> dict[str, Any]:
         """What the shards were made from; empty where that is not known."""

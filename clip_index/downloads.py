@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import IO, Any
 
-from clip_index import url_lists
+from clip_index import storage, url_lists
 from clip_index.download_folder import DownloadFolder, reasons
 from clip_index.download_options import DownloadOptions
 from clip_index.img2dataset_process import WITHOUT_WANDB
@@ -77,29 +77,36 @@ def download(
     files = url_lists.find(source, options.input_format)
     folder = DownloadFolder(output, options.output_format)
     identity = {"version": 1, "list": url_lists.digest(files), "options": options.deciding()}
-    if options.incremental_mode == "overwrite":
-        folder.remove_all()
-    marker = folder.marker()
-    _refuse_others(output, marker, identity)
-    done = folder.finished()
-    if not marker or _missing(marker, done):
+    overwrite = options.incremental_mode == "overwrite"
+    marker, done = folder.marker(), folder.finished()
+    if not overwrite:
+        _refuse_others(folder, marker, identity)
+    if overwrite or not marker or _missing(marker, done):
         _require_img2dataset()
         with tempfile.TemporaryDirectory(prefix="clip-index-") as temporary:
             prepared = _prepare(source, files, options, temporary, say)
             size = options.number_sample_per_shard or (1000 if sum(prepared.rows) < _LONG_LIST else 10_000)
-            shards = sum(math.ceil(rows / size) for rows in prepared.rows)
-            folder.remove_unfinished()
-            if done:
-                say(f"{output}: {len(done)} of {shards} shards are there from earlier runs")
-            folder.mark({**identity, "shards": shards, "samples": sum(prepared.rows)})
-            if _missing(folder.marker(), done):
-                _run(folder, prepared, options, size, watch)
+            marker = {**identity, "shards": sum(math.ceil(rows / size) for rows in prepared.rows)}
+            with storage.exclusive(storage.join(folder.path, "download")):
+                if overwrite:
+                    folder.remove_all()
+                folder.remove_unfinished()
+                done = folder.finished()
+                if done:
+                    say(f"{output}: {len(done)} of {marker['shards']} shards are there from earlier runs")
+                folder.mark({**marker, "samples": sum(prepared.rows)})
+                if _missing(marker, done):
+                    _run(folder, prepared, options, size, watch)
     return _summary(folder, output, len(done), time.monotonic() - started)
 
 
-def _refuse_others(output: str, marker: dict[str, Any], identity: dict[str, Any]) -> None:
+def _refuse_others(folder: DownloadFolder, marker: dict[str, Any], identity: dict[str, Any]) -> None:
     """Raise UsageError where a folder's shards were made from another list, or with other options."""
-    if not marker:
+    if not folder.begun():
+        return
+    if not marker:  # img2dataset's own
+        if not folder.finished():
+            raise UsageError(f"{folder.path} holds a download of another --output_format: name another folder")
         return
     old, new = marker.get("options", {}), identity["options"]
     differences = [f"{name}: {old.get(name)} -> {value}" for name, value in new.items() if old.get(name) != value]
@@ -107,7 +114,7 @@ def _refuse_others(output: str, marker: dict[str, Any], identity: dict[str, Any]
         differences.insert(0, "another list of URLs")
     if differences:
         raise UsageError(
-            f"{output} was begun with other things ({'; '.join(differences)}): name another folder, "
+            f"{folder.path} was begun with other things ({'; '.join(differences)}): name another folder, "
             "or give --incremental_mode overwrite to download it anew"
         )
 

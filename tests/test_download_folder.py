@@ -89,6 +89,10 @@ def test_folders_that_are_in_the_way(tmp_path):
     with pytest.raises(UsageError, match=r"holds other files \(data.json\)"):
         DownloadFolder(str(tmp_path), "webdataset")
     assert DownloadFolder(str(tmp_path / "new"), "webdataset").finished() == {}
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "00000.tar").write_bytes(b"of another program")
+    with pytest.raises(UsageError, match=r"holds other files \(00000.tar\)"):
+        DownloadFolder(str(tmp_path / "others"), "webdataset")
 
 
 def test_failures_of_the_same_kind_are_counted_together(tmp_path):

@@ -21,7 +21,7 @@ import pytest
 
 from clip_index import cli, downloads
 from clip_index.download_options import DownloadOptions
-from clip_index.types import UsageError
+from clip_index.types import ClipIndexError, UsageError
 
 COMMAND = [sys.executable, "-m", "clip_index", "download"]
 
@@ -226,6 +226,11 @@ def test_overwriting_removes_the_shards_and_nothing_else(monkeypatch, tmp_path):
     summary = downloads.download(str(source), str(output))
     assert (summary.downloaded, summary.failed, summary.shards, summary.skipped_shards) == (1, 0, 1, 0)
     (output / "photo.jpg").write_bytes(b"mine")
+    with pytest.raises(UsageError, match="output_format: webdataset -> files"):
+        downloads.download(str(source), str(output), DownloadOptions(output_format="files"))
+    with pytest.raises(UsageError, match="no column 'LINK'"):
+        downloads.download(str(source), str(output), DownloadOptions(url_col="LINK", incremental_mode="overwrite"))
+    assert (output / "00000.tar").exists()
     options = DownloadOptions(image_size=64, disallowed_header_directives="['noai','noindex']", compute_hash="none")
     with pytest.raises(UsageError, match="image_size: 384 -> 64"):
         downloads.download(str(source), str(output), options)
@@ -236,6 +241,30 @@ def test_overwriting_removes_the_shards_and_nothing_else(monkeypatch, tmp_path):
     assert size == 1000
     assert (arguments["image_size"], arguments["disallowed_header_directives"]) == (64, ["noai", "noindex"])
     assert arguments["compute_hash"] is None and "max_image_area" not in arguments
+
+
+def test_what_img2dataset_downloaded_by_itself_is_gone_on_with(monkeypatch, tmp_path):
+    monkeypatch.setattr(downloads, "_run", None)
+    source, output = write_csv(tmp_path / "list.csv", [("http://127.0.0.1:1/", "x", 1)]), tmp_path / "images"
+    output.mkdir()
+    (output / "00000.tar").write_bytes(bytes(10240))
+    stats = {"count": 1, "successes": 1, "status_dict": {"success": 1}}
+    (output / "00000_stats.json").write_text(json.dumps(stats))
+    with pytest.raises(UsageError, match="another --output_format"):
+        downloads.download(str(source), str(output), DownloadOptions(output_format="files"))
+    summary = downloads.download(str(source), str(output))
+    assert (summary.downloaded, summary.skipped_shards) == (1, 1)
+
+
+def test_what_made_no_shard_does_not_bind(monkeypatch, tmp_path):
+    def fail(*_):
+        raise ClipIndexError("no network")
+
+    monkeypatch.setattr(downloads, "_run", fail)
+    source, output = write_csv(tmp_path / "list.csv", [("http://127.0.0.1:1/", "x", 1)]), tmp_path / "images"
+    for size in (64, 96):
+        with pytest.raises(ClipIndexError, match="no network"):
+            downloads.download(str(source), str(output), DownloadOptions(image_size=size))
 
 
 def test_every_option_is_one_of_img2dataset():
