@@ -3,8 +3,9 @@
     python benchmarks/gpu.py [--images 16384]
 
 The tower runs as it is and compiled, on bytes that are on the device already, and through the encoder, with the copies
-there and back; its rate is set beside what the device multiplies in bfloat16. The command is run on tars of 256-pixel JPEGs and of 1024x768 ones, with captions, twice each: the rate is the second run's,
-once running. Without a CUDA device it says so and ends.
+there and back; its rate is set beside what the device multiplies in bfloat16. The command is run on tars of 256-pixel
+JPEGs and of 1024x768 ones, with captions, twice each: the rate is the second run's, once running. Without a CUDA device
+it says so and ends.
 """
 
 from __future__ import annotations
@@ -137,9 +138,9 @@ def main() -> None:
             torch.save(dict(CLIP(ARCHITECTURES[name]).reset_parameters().state_dict()), weights)
             rates = {kind: embed_rate(tars, weights, name, folder / f"{name} {kind}") for kind, tars in kinds.items()}
             print(
-                f"{name:10}{towers['eager']:9.0f}{towers['compiled']:10.0f}"
-                f"{towers['compiled'] * operations / peak:9.0%}{towers['copied']:9.0f}"
-                f"{rates['256 px']:9.0f}{target:9}{rates['1024x768']:10.0f}"
+                f"{name:10}{towers['eager']:10.0f}{towers['compiled']:10.0f}"
+                f"{towers['compiled'] * operations / peak:10.0%}{towers['copied']:10.0f}"
+                f"{rates['256 px']:10.0f}{target:10}{rates['1024x768']:10.0f}"
             )
 
 

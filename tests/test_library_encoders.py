@@ -4,6 +4,8 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
+from types import FunctionType, MethodType
 
 import numpy as np
 import peers
@@ -192,6 +194,48 @@ def test_models_of_transformers(hugging_face_folders, kind):
         tokens = words(TEXTS, padding=True, truncation=True, max_length=40, return_tensors="pt")
     assert_close(encoder.encode_text(TEXTS), model.get_text_features(**tokens).pooler_output)
     assert encoder.name == f"hf:{folder}" and encoder.dim == encoder.encode_text(["dog"]).shape[1]
+
+
+def numbers(encoder):
+    """How many numbers the modules hold that an encoder's functions can reach."""
+    found, reached = [encoder], {}
+    while found:
+        item = found.pop()
+        if id(item) not in reached and isinstance(item, (type(encoder), torch.nn.Module, FunctionType, MethodType)):
+            reached[id(item)] = item
+            found += vars(item).values() if item is encoder else []
+            found += [item.__self__] if isinstance(item, MethodType) else []
+            found += [cell.cell_contents for cell in getattr(item, "__closure__", None) or []]
+    models = [item for item in reached.values() if isinstance(item, torch.nn.Module)]
+    return sum(parameter.numel() for model in models for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "open_clip custom", *KINDS])
+def test_one_tower_alone(open_clip_folder, hugging_face_folders, tmp_path, kind):
+    name = f"hf:{hugging_face_folders[kind]}" if kind in KINDS else f"open_clip:{open_clip_folder}"
+    if kind == "open_clip custom":
+        library = peers.open_clip()
+        told = json.loads((open_clip_folder / "open_clip_config.json").read_text())
+        told["model_cfg"]["custom_text"] = True
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(told))
+        model = library.CustomTextCLIP(
+            **{key: told["model_cfg"][key] for key in ("embed_dim", "vision_cfg", "text_cfg")}
+        )
+        save_file(dict(model.state_dict()), tmp_path / "open_clip_model.safetensors")
+        name = f"open_clip:{tmp_path}"
+    load = partial(load_encoder, name, device="cpu", precision="fp32")
+    both, image, text = load(), load(towers=("image",)), load(towers=("text",))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(image.encode_image(pixels), both.encode_image(pixels))
+    assert np.array_equal(text.encode_text(TEXTS), both.encode_text(TEXTS))
+    assert both.dim == image.dim == text.dim and both.fingerprint == image.fingerprint == text.fingerprint
+    with pytest.raises(AttributeError):
+        image.encode_text(TEXTS)
+    with pytest.raises(AttributeError):
+        text.encode_image(pixels)
+    # the temperature, and with SigLIP its bias, go with either
+    assert 0 <= numbers(image) + numbers(text) - numbers(both) <= 2
+    assert min(numbers(image), numbers(text)) > 1000
 
 
 def test_another_model_type_is_refused(hugging_face_folders, tmp_path):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_index.encoders.batches import Batches
 from clip_index.encoders.runtime import DTYPES, resolve_precision
@@ -24,7 +24,8 @@ _PATCHES, _TOKENS = 197, 77
 class LibraryEncoder:
     """An `Encoder` from two functions: normalised float images [n, 3, s, s], and texts, to features [n, dim].
 
-    16 bits are automatic mixed precision, which knows what any architecture keeps in float32.
+    16 bits are automatic mixed precision, which knows what any architecture keeps in float32. What is encoded by a
+    tower that was not loaded raises AttributeError.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class LibraryEncoder:
         encode_texts: Callable[[list[str]], Tensor],
         preprocess: Preprocess,
         *,
+        towers: tuple[str, ...],
         name: str,
         fingerprint: str,
         device: torch.device,
@@ -41,11 +43,16 @@ class LibraryEncoder:
         self.name, self.fingerprint, self.preprocess = name, fingerprint, preprocess
         self.precision = resolve_precision(precision, device)
         self._batches = Batches(device, DTYPES[self.precision] if self.precision != "fp32" else None)
-        self._encode_images, self._encode_texts = encode_images, encode_texts
         self._mean, self._std = (
             torch.tensor(values, device=device)[:, None, None] * 255 for values in (preprocess.mean, preprocess.std)
         )
-        self.dim = self._batches.run(encode_texts, [""], _TOKENS).shape[1]
+        if "image" in towers:
+            self._encode_images = encode_images
+            blank = torch.zeros(1, preprocess.size, preprocess.size, 3, dtype=torch.uint8)
+            self.dim = self._batches.run(self._normalized_images, blank, _PATCHES).shape[1]
+        if "text" in towers:
+            self._encode_texts = encode_texts
+            self.dim = self._batches.run(encode_texts, [""], _TOKENS).shape[1]
 
     def encode_image(self, images: np.ndarray) -> np.ndarray:
         """uint8 [n, size, size, 3] to float32 [n, dim], unit rows."""
@@ -62,6 +69,15 @@ class LibraryEncoder:
 
     def _normalized_images(self, images: Tensor) -> Tensor:
         return self._encode_images((images.permute(0, 3, 1, 2) - self._mean) / self._std)
+
+
+def remove(model: nn.Module, parts: Iterable[str]) -> None:
+    """Free what a model holds under these names, in place; it may lack some of them."""
+    for name in parts:
+        if name in model._parameters:
+            setattr(model, name, None)
+        elif name in model._modules:
+            setattr(model, name, nn.Identity())
 
 
 def check_images(images: np.ndarray, size: int) -> None:

@@ -15,14 +15,14 @@ from typing import Any
 from torch import Tensor
 
 from clip_index.clip.loading import hash_tensors
-from clip_index.encoders.library import LibraryEncoder, import_library, one_line
+from clip_index.encoders.library import LibraryEncoder, import_library, one_line, remove
 from clip_index.encoders.runtime import resolve_device
 from clip_index.preprocess import Preprocess
 from clip_index.types import ClipIndexError, UsageError
 
 
 def load(name: str, *, device: str, precision: str, towers: tuple[str, ...]) -> LibraryEncoder:
-    """The encoder of a model of open_clip, always with both towers.
+    """The encoder of a model of open_clip.
 
     Raises UsageError for a name that it does not have, ClipIndexError where the library or the model does not load.
     """
@@ -32,19 +32,24 @@ def load(name: str, *, device: str, precision: str, towers: tuple[str, ...]) -> 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = library.create_model(
-                source, weights, require_pretrained=True, device=where, force_quick_gelu=quick_gelu
-            )
+            model = library.create_model(source, weights, require_pretrained=True, force_quick_gelu=quick_gelu)
             tokenizer = library.get_tokenizer(source)
     except Exception as error:  # a name, a file, a network: the library and its own libraries raise anything
         raise ClipIndexError(f"cannot load {name}: {one_line(error)}") from error
-    model.eval().requires_grad_(False)
+    fingerprint = hash_tensors(json.dumps([source if weights else "", quick_gelu]), model.state_dict())
     told = library.get_model_preprocess_cfg(model)
     sizes = {told["size"]} if isinstance(told["size"], int) else set(told["size"])
     if len(sizes) > 1:
         raise ClipIndexError(f"{name} takes pictures of {told['size']}, and only squares are prepared")
     same = {key: told[key] for key in ("mean", "std", "interpolation", "resize_mode")}
     preprocess = Preprocess(size=sizes.pop(), fill=told["fill_color"], **same)
+    if "image" not in towers:
+        remove(model, ["visual"])
+    if "text" not in towers:
+        # in some architectures the parts of the text tower are the model's own
+        parts = [*model._modules, *(name for name in model._parameters if not name.startswith("logit"))]
+        remove(model, set(parts) - {"visual"})
+    model.eval().requires_grad_(False).to(where)
 
     def encode_texts(texts: list[str]) -> Tensor:
         return model.encode_text(tokenizer(texts).to(where))
@@ -53,8 +58,9 @@ def load(name: str, *, device: str, precision: str, towers: tuple[str, ...]) -> 
         model.encode_image,
         encode_texts,
         preprocess,
+        towers=towers,
         name=f"open_clip:{source.removeprefix('local-dir:')}{'/' if weights else ''}{weights or ''}",
-        fingerprint=hash_tensors(json.dumps([source if weights else "", quick_gelu]), model.state_dict()),
+        fingerprint=fingerprint,
         device=where,
         precision=precision,
     )

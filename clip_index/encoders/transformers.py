@@ -15,17 +15,18 @@ from torch import Tensor
 
 from clip_index.clip.checkpoints import hugging_face_preprocess
 from clip_index.clip.loading import hash_tensors
-from clip_index.encoders.library import LibraryEncoder, import_library, one_line
+from clip_index.encoders.library import LibraryEncoder, import_library, one_line, remove
 from clip_index.encoders.runtime import resolve_device
 from clip_index.types import ClipIndexError, UsageError
 
 MODEL_TYPES = ("clip", "siglip", "altclip", "chinese_clip", "vision-text-dual-encoder")
 _WHOLE_TEXTS = ("siglip",)
 """Model types that were trained on padded texts without an attention mask."""
+_PARTS = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
 
 
 def load(name: str, *, device: str, precision: str, towers: tuple[str, ...]) -> LibraryEncoder:
-    """The encoder of a model of transformers, always with both towers.
+    """The encoder of a model of transformers.
 
     Raises UsageError for a model that is no dual encoder, ClipIndexError where the library or the model does not load.
     """
@@ -39,6 +40,10 @@ def load(name: str, *, device: str, precision: str, towers: tuple[str, ...]) -> 
     if config.model_type not in MODEL_TYPES:
         raise UsageError(f"{name} is of model type {config.model_type!r}: choose one of {', '.join(MODEL_TYPES)}")
     model = _guarded(name, library.AutoModel.from_pretrained, place)
+    fingerprint = hash_tensors(config.to_json_string(), model.state_dict())
+    for modality, parts in _PARTS.items():
+        if modality not in towers:
+            remove(model, parts)
     model = model.eval().requires_grad_(False).to(where, torch.float32)
     tokenizer = _guarded(name, library.AutoTokenizer.from_pretrained, place)
     told, _ = _guarded(name, library.ImageProcessingMixin.get_image_processor_dict, place)
@@ -59,8 +64,9 @@ def load(name: str, *, device: str, precision: str, towers: tuple[str, ...]) -> 
         encode_images,
         encode_texts,
         preprocess,
+        towers=towers,
         name=f"hf:{place}",
-        fingerprint=hash_tensors(config.to_json_string(), model.state_dict()),
+        fingerprint=fingerprint,
         device=where,
         precision=precision,
     )
