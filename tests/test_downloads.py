@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def test_killed_and_run_again(server, tmp_path):
     source.write_text("\n".join(urls))
     words = [*COMMAND, source, images, "--number_sample_per_shard", "6", "--thread_count", "1"]
     words += ["--processes_count", "1", "--caption_col", "none"]
-    process = subprocess.Popen(words, stderr=subprocess.PIPE)
+    (tmp_path / "tmp").mkdir()  # who is killed leaves a temporary folder
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, env={**os.environ, "TMPDIR": str(tmp_path / "tmp")})
     wait_for(lambda: any("killedlate" in path for path in server.asked), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
