@@ -74,6 +74,21 @@ def test_an_exported_model_is_an_encoder(exported, checkpoint, pixels):
     assert encoder.encode_image(pixels[:0]).shape == encoder.encode_text([]).shape == (0, 32)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_what_is_too_large_for_a_file_has_its_weights_beside(checkpoint, tmp_path, monkeypatch, pixels, precision):
+    monkeypatch.setattr("clip_index.clip.onnx_export._FILE_LIMIT", 10_000)
+    assert main(["export", checkpoint, str(tmp_path / "large"), "--precision", precision]) == 0
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "large").iterdir()}
+    assert {"image.onnx", "image.onnx.data", "text.onnx", "text.onnx.data"} < set(sizes) and len(sizes) == 6
+    assert sizes["text.onnx.data"] > 1_000_000 > sizes["text.onnx"]
+    (tmp_path / "large").rename(tmp_path / "moved")
+    encoder = load_encoder(f"onnx:{tmp_path / 'moved'}")
+    exact = load_encoder(checkpoint, device="cpu", precision="fp32")
+    least = 0.99 if precision == "int8" else 0.99999
+    assert cosines(encoder.encode_image(pixels), exact.encode_image(pixels)).min() > least
+    assert cosines(encoder.encode_text(CAPTIONS), exact.encode_text(CAPTIONS)).min() > least
+
+
 def test_a_vector_does_not_depend_on_its_neighbours(exported, pixels):
     encoder = load_encoder(f"onnx:{exported}")
     alone = np.concatenate([encoder.encode_image(pixels[n : n + 1]) for n in range(5)])

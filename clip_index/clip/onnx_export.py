@@ -131,7 +131,7 @@ def _write_int8(
         exact = os.path.join(folder, os.path.basename(path))
         _write(tower, feed, batches[0], axes, exact)
         graph, done, matrices = quantize(exact, batches)
-    beside = graph.ByteSize() > _FILE_LIMIT
+    beside = sum(len(tensor.raw_data) for tensor in graph.graph.initializer) > _FILE_LIMIT
     onnx.save_model(graph, path, save_as_external_data=beside, location=f"{os.path.basename(path)}.data")
     return done, matrices
 
