@@ -15,6 +15,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
+import dedup  # noqa: E402
 import embed_vs_clip_retrieval as peer  # noqa: E402
 
 
@@ -59,3 +60,23 @@ def test_without_a_gpu_nothing_is_measured():
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([sys.executable, BENCHMARKS / "gpu.py"], capture_output=True, text=True, env=environment)
     assert (result.returncode, result.stdout, result.stderr) == (0, "no CUDA device here: not measured\n", "")
+
+
+def test_planted_copies_are_as_similar_as_they_are_said_to_be():
+    rows = np.random.default_rng(0).standard_normal((1000, 64)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    before = rows.copy()
+    planted = dedup.plant(rows)
+    copies, originals = planted.T
+    assert len(np.unique(planted)) == 60  # 1% exact and 2% noisy of 1,000, each of another row
+    np.testing.assert_array_equal(rows[originals], before[originals])
+    np.testing.assert_array_equal(rows[copies[:10]], rows[originals[:10]])
+    cosines = np.einsum("nd,nd->n", rows[copies[10:]], rows[originals[10:]])
+    assert 0.9849 < cosines.min() < 0.99 < cosines.max() < 0.9996
+    untouched = np.setdiff1d(np.arange(1000), copies)
+    np.testing.assert_array_equal(rows[untouched], before[untouched])
+
+
+def test_pairs_count_in_either_order_and_others_are_false():
+    told = dedup.measure(lambda: {(1, 2), (4, 3), (5, 6)}, np.array([[2, 1], [4, 3], [7, 8]]))
+    assert (told["planted"], told["found"], told["false"]) == (3, 2, 1)
