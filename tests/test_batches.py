@@ -37,22 +37,22 @@ class Watched(nn.Module):
 def test_blocks_of_a_fixed_shape_are_filled_and_cut():
     run, tower = Batches(CPU), Watched()
     for n, shape in ((5, 8), (3, 8), (8, 8), (9, 10), (2, 10)):
-        found = run.run(tower, INPUTS[:n], 40, fixed=True)
+        found = run.run(tower, INPUTS[:n], 80, fixed=True)
         np.testing.assert_allclose(found, unit(INPUTS[:n]), rtol=1e-6)
         assert tower.seen.pop() == shape
-    # 400 positions make blocks of 10, and no larger shape than that
-    run.run(tower, INPUTS, 40, fixed=True)
+    # 800 positions make blocks of 10, and no larger shape than that
+    run.run(tower, INPUTS, 80, fixed=True)
     assert tower.seen == [10, 10, 10]
-    assert run.run(tower, INPUTS[:3], 40).shape == (3, 3) and tower.seen.pop() == 3
+    assert run.run(tower, INPUTS[:3], 80).shape == (3, 3) and tower.seen.pop() == 3
 
 
 def test_out_of_memory_loses_nothing():
     run, tower = Batches(CPU), Watched(most=4)
-    np.testing.assert_allclose(run.run(tower, INPUTS, 40, fixed=True), unit(INPUTS), rtol=1e-6)
+    np.testing.assert_allclose(run.run(tower, INPUTS, 80, fixed=True), unit(INPUTS), rtol=1e-6)
     assert tower.seen == [10, 5, 2, *[2] * 10]
     # the next call knows
     tower.seen.clear()
-    run.run(tower, INPUTS[:7], 40, fixed=True)
+    run.run(tower, INPUTS[:7], 80, fixed=True)
     assert tower.seen == [2, 2, 2, 2]
 
 
@@ -72,7 +72,7 @@ def test_the_memory_of_a_failed_block_is_free_before_the_next_try():
         assert all(ref() is None for ref in alive)
         return x
 
-    assert Batches(CPU).run(tower, INPUTS, 40).shape == (21, 3) and len(alive) == 2
+    assert Batches(CPU).run(tower, INPUTS, 80).shape == (21, 3) and len(alive) == 2
 
 
 def test_fill():
@@ -179,19 +179,19 @@ def test_threads_take_turns(monkeypatch):
         return x
 
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda _: run.run(tower, INPUTS, 40), range(20)):
+        for found in pool.map(lambda _: run.run(tower, INPUTS, 80), range(20)):
             np.testing.assert_allclose(found, unit(INPUTS), rtol=1e-6)
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_tower_is_compiled_once_it_pays(backend):
     tower = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)).requires_grad_(False)
-    compiled = Compiled(tower, 40, worth=1000, backend=backend)
+    compiled = Compiled(tower, 80, worth=2000, backend=backend)
     run = Batches(CPU)
     wanted = unit(tower(INPUTS))
     for _ in range(3):
-        np.testing.assert_allclose(run.run(compiled, INPUTS, 40, fixed=True), wanted, rtol=1e-5)
-    # 10 rows of 40 positions twice are worth nothing yet; the shape stays the same
+        np.testing.assert_allclose(run.run(compiled, INPUTS, 80, fixed=True), wanted, rtol=1e-5)
+    # 10 rows of 80 positions twice are worth nothing yet; the shape stays the same
     assert isinstance(compiled._run, torch._dynamo.eval_frame.OptimizedModule)
     torch._dynamo.reset()
 

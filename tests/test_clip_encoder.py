@@ -138,7 +138,7 @@ def test_one_tower_alone(checkpoints, tower):
 
 def test_out_of_memory_halves_the_block(checkpoints):
     encoder = load_encoder(checkpoints["vit"], device="cpu", precision="fp32")
-    images, blocks = pixels(32, 40), []
+    images, blocks = pixels(32, 60), []
     expected, tower = encoder.encode_image(images), encoder._image
 
     def small(block):
@@ -149,8 +149,8 @@ def test_out_of_memory_halves_the_block(checkpoints):
 
     encoder._image = small
     assert np.abs(encoder.encode_image(images) - expected).max() < 1e-6
-    # 400 positions, 16 a picture
-    assert blocks == [25, 12, 6, 6, 6, 6, 6, 6, 4]
+    # 800 positions, 16 a picture
+    assert blocks == [50, 25, 12, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6]
     encoder._image = lambda block: small(torch.zeros(11))
     with pytest.raises(ClipIndexError, match="a single input does not fit the memory of cpu"):
         encoder.encode_image(images)

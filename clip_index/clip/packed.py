@@ -1,7 +1,7 @@
 """Towers for inference on a CPU: the same numbers with fewer passes over memory.
 
-Matrices in bfloat16 are laid out once for oneDNN, which applies the activation while it writes the product; the
-residual stream is updated in place; bytes are embedded as they are. In float32 only the latter two pay.
+Matrices are laid out once for oneDNN, which applies the activation while it writes the product; the residual stream is
+updated in place; bytes are embedded as they are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor, act: nn.Module | None = None):
         self.weight, self.bias, self.act, self.dtype = weight, bias, act, weight.dtype
-        self.packed = weight.dtype == torch.bfloat16 and can_pack()
+        self.packed = can_pack(weight.dtype)
         if self.packed:
             self.post_op = post_op(act)
             self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
@@ -44,10 +44,12 @@ def post_op(act: nn.Module | None) -> tuple[str, list[float], str]:
     return name, [], getattr(act, "approximate", "")
 
 
-def can_pack() -> bool:
+def can_pack(dtype: torch.dtype) -> bool:
     """Whether this torch has oneDNN's packed layers, and this CPU what they need."""
     operators = torch.ops.mkldnn
-    return hasattr(operators, "_linear_pointwise") and operators._is_mkldnn_bf16_supported()
+    if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
+        return False
+    return dtype == torch.float32 or operators._is_mkldnn_bf16_supported()
 
 
 class PackedBlock(nn.Module):
@@ -101,6 +103,6 @@ def pack(module: nn.Module) -> nn.Module:
         if isinstance(part, Transformer):
             # What comes before the blocks made a new tensor, so that they may write over it.
             part.resblocks = nn.Sequential(*(PackedBlock(block) for block in part.resblocks))
-    if isinstance(module, ByteTransformer) and (can_pack() or module.embedding.weight.dtype == torch.float32):
+    if isinstance(module, ByteTransformer) and can_pack(module.embedding.weight.dtype):
         return PackedByteTransformer(module)
     return module

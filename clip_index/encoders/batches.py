@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clip_index.types import ClipIndexError, normalize
 
-_POSITIONS = {"cpu": 400, "cuda": 51_200}
+_POSITIONS = {"cpu": 800, "cuda": 51_200}
 """Positions (patches, tokens) that go through a tower at once, at first: what a core's cache holds; what fills a GPU.
 Out of memory halves it."""
 
