@@ -385,7 +385,7 @@ def test_tasks_travel_and_change_with_their_files(tmp_path):
     assert json.loads(json.dumps(task.inputs)) == [list(item) for item in task.inputs]
     assert pickle.loads(pickle.dumps(reader)) == reader
     write_table(tmp_path / "t.parquet", {"jpg": [b"A", b"B" * 100]})
-    assert reader.plan(10)[0].digest != task.digest
+    assert open_reader(path).plan(10)[0].digest != task.digest
     with pytest.raises(UsageError, match="rows_per_shard must be at least 1"):
         reader.plan(0)
 

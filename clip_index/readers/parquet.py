@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -32,12 +32,16 @@ class ParquetReader:
     source: str
     modalities: tuple[str, ...]
     roles: schema.Roles
+    found: sources.Files | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "found": None}  # names that no worker needs
 
     def plan(self, rows_per_shard: int) -> list[Task]:
         """Tasks of at most `rows_per_shard` rows, cut where row groups end where possible."""
         if rows_per_shard < 1:
             raise UsageError(f"rows_per_shard must be at least 1, not {rows_per_shard}")
-        found = sources.find(self.source, ".parquet")
+        found = sources.find(self.source, ".parquet") if self.found is None else self.found
         prefix = sources.key_prefixes(found.names, ".parquet")
         pieces: list[Piece] = []
         for file, groups in zip(found, sources.ahead(self._row_groups, found), strict=True):
@@ -201,4 +205,4 @@ def open_source(
         asked, source, images=roles.image is not None, texts=roles.caption is not None, hint=hint
     )
     place = source if source.startswith("{") else storage.absolute(source)
-    return ParquetReader(place, modalities, roles)
+    return ParquetReader(place, modalities, roles, found)
