@@ -1,55 +1,61 @@
-"""How the pipeline scales: workers, the queue, a million shards, an object store.
+"""How the pipeline scales: workers, the queue, a million shards, memory, an object store.
 
-    python benchmarks/scale.py [workers] [queue] [shards] [s3] [--shards 100000] [--pairs 512]
+    python benchmarks/scale.py [workers] [queue] [pool] [shards] [memory] [s3] [--shards 100000] [--gigabytes 20] ...
 
 - workers: samples per second of `mini` with 1 and 2 workers of one core each.
-- queue: what it costs to hand a task to a worker process and take its result, of a shard that takes a second.
-- shards: seconds and peak memory to plan, to look at finished markers and to finalize, for so many tars and markers
-  of a few bytes. A million takes some GB of disk and some minutes to make.
+- queue: `mini` on JPEGs on one core, tasks in a plain loop, two overlapping in a process, and handed to a worker.
+- pool: JPEGs decoded and resized by threads and by processes.
+- shards: seconds and peak memory to plan and to resume so many tars; see `benchmarks/shards.py`.
+- memory: peak memory of `embed` for more and more of so many GB of tars; see `benchmarks/memory.py`.
 - s3: the samples of a tar per second, read from a local file and from an S3 server on this machine.
+
+Where there are rounds, all contenders take turns in each, and medians are printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 
+import numpy as np
 from embed import make_tar
+from memory import cpu_seconds, memory
+from shards import shards
 
-from clip_index import executors, store
-from clip_index.markers import Shard, ShardTable, name_width, read_markers, shard_files
+from clip_index import executors, storage
+from clip_index.embed_job import EmbedJob, describe
+from clip_index.preprocess import Preprocess
+from clip_index.readers import open_reader
 from clip_index.types import Task
+
+_PAIRS_A_TASK = 16
 
 
 def nothing(rows: int, failed: int) -> None:
     """A report that nobody reads."""
 
 
-class Empty:
-    """A job that takes no time: what remains is the queue."""
-
-    def __call__(self, task: Task, report: executors.Report) -> Shard:
-        report(10_000, 0)
-        return Shard(task.id, task.digest, 10_000, 0)
-
-
-def workers(folder: Path, pairs: int) -> None:
+def workers(folder: Path, pairs: int, rounds: int) -> None:
     """Throughput of 1 worker on one core, and of 2 on two."""
     for part in range(4):
-        make_tar(folder / f"{part}.tar", pairs // 4)
-    for count in (1, 2):
+        make_tar(folder / f"in/{part}.tar", pairs // 4)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for number, count in itertools.product(range(rounds), rates):
         cores = sorted(os.sched_getaffinity(0))[:count]
-        command = ["embed", str(folder), str(folder / f"out{count}"), "--devices", f"cpu*{count}", "--json"]
-        started = time.perf_counter()
+        output = str(folder / f"out{number}-{count}")
+        command = ["embed", str(folder / "in"), output, "--devices", f"cpu*{count}", "--json"]
         result = subprocess.run(
             [sys.executable, "-m", "clip_index", *command],
             capture_output=True,
@@ -57,102 +63,83 @@ def workers(folder: Path, pairs: int) -> None:
             preexec_fn=lambda cores=cores: os.sched_setaffinity(0, cores),
         )
         assert result.returncode == 0, result.stderr
-        rate = json.loads(result.stdout)["samples_per_s"]
-        print(f"workers  {count} of one core: {rate:.1f} samples/s, {time.perf_counter() - started:.1f} s in all")
+        rates[count].append(json.loads(result.stdout)["samples_per_s"])
+    one, two = (statistics.median(found) for found in rates.values())
+    print(f"workers  1 of one core: {one:.1f} samples/s, 2: {two:.1f}, {two / one:.2f} times as many")
 
 
-def queue(tasks: int = 5000) -> None:
-    """Tasks that take no time, in a loop and handed to a worker process."""
-    made = [Task(number, ((f"in{number}",),)) for number in range(tasks)]
-    job = Empty()
-    started = time.perf_counter()
-    for task in made:
-        job(task, nothing)
-    loop = (time.perf_counter() - started) / tasks
-    times = [time.perf_counter() for _ in executors.run_in_processes(made, [job], nothing)]
-    handed = (times[-1] - times[0]) / (tasks - 1)
-    share = f"{handed - loop:.2%} of a shard of a second"
-    print(f"queue    {1e3 * loop:.3f} ms a task in a loop, {1e3 * handed:.3f} ms handed out: {share}")
+def plain_loop(tasks: Sequence[Task], job: EmbedJob) -> Iterator[object]:
+    """One task after the other."""
+    return (job.run(task) for task in tasks)
 
 
-CONFIG = store.EmbeddingConfig("mini", "mini-1:0", "fp32", {"size": 224}, ("image", "text"), dim=384)
+def overlapping(tasks: Sequence[Task], job: EmbedJob) -> Iterator[object]:
+    """As `--devices cpu`."""
+    return executors.run_in_process(tasks, job.run, nothing)
 
 
-def make_shards(folder: Path, shards: int) -> None:
-    """Empty tars, and a marker for each as `embed` writes it, with files of that size that take no room."""
-    from clip_index.readers.webdataset import WebdatasetReader
-
-    (folder / "in").mkdir()
-    for name in ("done", "img_emb", "text_emb", "metadata"):
-        (folder / "out" / name).mkdir(parents=True)
-    for number in range(shards):
-        (folder / f"in/{number:07d}.tar").touch()
-    width = name_width(shards)
-    for task in WebdatasetReader(str(folder / "in"), ("image", "text")).plan(1):
-        names = shard_files(task.id, width)
-        files = {names[kind]: {"bytes": 7680128, "sha256": task.digest * 4} for kind in ("image", "text", "metadata")}
-        for name in files:
-            with open(folder / "out" / name, "wb") as file:
-                file.truncate(7680128)
-        marker = {"id": task.id, "inputs": task.digest, "rows": 10_000, "failed": 0, "files": files}
-        (folder / "out" / names["done"]).write_text(json.dumps(marker, indent=1))
+def handed_out(tasks: Sequence[Task], job: EmbedJob) -> Iterator[object]:
+    """As each worker of `--devices cpu*2`."""
+    return executors.run_in_processes(tasks, [job], nothing)
 
 
-def shards_plan(folder: Path, shards: int) -> None:
-    """List the tars and make the tasks."""
-    from clip_index.readers import open_reader
-
-    tasks = open_reader(str(folder / "in"), modality="image,text").plan(10_000)
-    assert len(tasks) == shards
-
-
-def shards_resume(folder: Path, shards: int) -> None:
-    """Look at every marker, as each run does first."""
-    assert len(ShardTable(read_markers(str(folder / "out")))) == shards
-
-
-def shards_finalize(folder: Path, shards: int) -> None:
-    """Write the manifest over all markers."""
-    store.finalize(str(folder / "out"), store.Manifest(CONFIG, tasks=shards, width=name_width(shards)))
-
-
-def shards_load(folder: Path, shards: int) -> None:
-    """Read the manifest, and find the last row."""
-    manifest = store.Manifest.load(str(folder / "out"))
-    assert manifest.locate(manifest.rows - 1) == (shards - 1, 9999)
+def queue(folder: Path, pairs: int, rounds: int) -> None:
+    """What a pair takes, from the end of the first task to the end of the last, all on one core."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])
+    make_tar(folder / "in/0.tar", _PAIRS_A_TASK)
+    for number in range(1, pairs // _PAIRS_A_TASK):
+        os.link(folder / "in/0.tar", folder / f"in/{number}.tar")
+    reader = open_reader(str(folder / "in"))
+    tasks = reader.plan(1)
+    config = describe("mini", "cpu", "auto", reader.modalities)
+    taken: dict[Callable[..., Iterator[object]], list[np.ndarray]] = {plain_loop: [], overlapping: [], handed_out: []}
+    for number, run in itertools.product(range(rounds), taken):
+        output = str(folder / f"out{number}-{run.__name__}")
+        job = EmbedJob(reader, output, config, threads=1)
+        ends = [(time.perf_counter(), cpu_seconds(os.getpid())) for _ in run(tasks, job)]
+        taken[run].append(1e3 * np.subtract(ends[-1], ends[0]) / (len(ends) - 1) / _PAIRS_A_TASK)
+    loop = np.median(taken[plain_loop], axis=0)
+    for run, found in taken.items():
+        wall, cpu = np.median(found, axis=0)
+        more = f"({wall / loop[0] - 1:+.1%}), {cpu:.2f} of them CPU ({cpu / loop[1] - 1:+.1%})"
+        print(f"queue    {run.__name__:11} {wall:.2f} ms a pair {more}")
 
 
-def measured(function: Callable[..., None], *given: object) -> tuple[float, float]:
-    """(seconds, peak MB) of a function in a process of its own."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_measure, (function, given))
+def pool(folder: Path, pairs: int, rounds: int) -> None:
+    """The same pictures through the same preprocessing, on as many threads as on processes."""
+    import torch
+
+    torch.set_num_threads(1)
+    make_tar(folder / "in/0.tar", pairs)
+    reader = open_reader(str(folder / "in"))
+    pictures = [sample.image for task in reader.plan(1) for sample in reader.read(task)]
+    cores = len(os.sched_getaffinity(0))
+    pools = {
+        "threads": futures.ThreadPoolExecutor(cores),
+        "processes": futures.ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _one_thread),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in pools}
+    for number, (name, workers) in itertools.product(range(rounds + 1), pools.items()):
+        started = time.perf_counter()
+        for pixels, _ in workers.map(Preprocess(), pictures, chunksize=8):
+            assert pixels.shape == (224, 224, 3)
+        if number:  # the first is a warm-up
+            rates[name].append(len(pictures) / (time.perf_counter() - started))
+    for name, found in rates.items():
+        pools[name].shutdown()
+        print(f"pool     {cores} {name:9} {statistics.median(found):.0f} JPEGs/s decoded and resized")
 
 
-def _measure(function: Callable[..., None], given: tuple[object, ...]) -> tuple[float, float]:
-    started = time.perf_counter()
-    function(*given)
-    seconds = time.perf_counter() - started
-    # not ru_maxrss, which a process inherits from the one that started it
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return seconds, int(peak.split()[1]) / 1024
+def _one_thread() -> None:
+    import torch
 
-
-def shards(folder: Path, count: int) -> None:
-    """A plan and a manifest of so many shards."""
-    make_shards(folder, count)
-    for function in (shards_plan, shards_resume, shards_finalize, shards_load):
-        seconds, megabytes = measured(function, folder, count)
-        print(f"shards   {count:,}: {function.__name__[7:]:8} {seconds:6.1f} s, {megabytes:5.0f} MB")
+    torch.set_num_threads(1)
 
 
 def s3(folder: Path, pairs: int) -> None:
     """The same tar from a file and from S3."""
     import boto3
     from moto.server import ThreadedMotoServer
-
-    from clip_index import storage
-    from clip_index.readers import open_reader
 
     make_tar(folder / "pairs.tar", pairs)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -177,19 +164,25 @@ def s3(folder: Path, pairs: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help="workers, queue, shards, s3; all where none is named")
-    parser.add_argument("--shards", type=int, default=100_000)
-    parser.add_argument("--pairs", type=int, default=512)
-    options = parser.parse_args()
-    chosen = options.what or ["workers", "queue", "shards", "s3"]
     run = {
-        "workers": lambda folder: workers(folder, options.pairs),
-        "queue": lambda folder: queue(),
+        "workers": lambda folder: workers(folder, options.pairs, options.rounds),
+        "queue": lambda folder: queue(folder, options.pairs, options.rounds),
+        "pool": lambda folder: pool(folder, options.pairs, options.rounds),
         "shards": lambda folder: shards(folder, options.shards),
+        "memory": lambda folder: memory(folder, options.gigabytes),
         "s3": lambda folder: s3(folder, options.pairs),
     }
-    for name in chosen:
+    parser.add_argument("what", nargs="*", help=f"{', '.join(run)}; all where none is named")
+    parser.add_argument("--pairs", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shards", type=int, default=100_000)
+    parser.add_argument("--gigabytes", type=float, default=20)
+    options = parser.parse_args()
+    if set(options.what) - run.keys():
+        parser.error(f"choose from {', '.join(run)}")
+    for name in options.what or run:
         with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "in").mkdir()
             run[name](Path(folder))
 
 

@@ -105,7 +105,11 @@ def _load_once(name: str, device: str, precision: str, decode: str) -> Encoder:
 
 
 def worker_pool(threads: int) -> ThreadPoolExecutor:
-    """The threads of this process that decode and encode."""
+    """The threads of this process that decode and encode.
+
+    Not processes: decoders and torch release the GIL, so threads are as fast, and hand over pixels without a copy
+    (`benchmarks/scale.py pool`).
+    """
     with _loading:
         return _pool_once(threads)
 

@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 import dedup  # noqa: E402
 import embed_vs_clip_retrieval as peer  # noqa: E402
+import memory  # noqa: E402
 
 
 def write(folder, part, column, names, vectors):
@@ -80,3 +81,32 @@ def test_planted_copies_are_as_similar_as_they_are_said_to_be():
 def test_pairs_count_in_either_order_and_others_are_false():
     told = dedup.measure(lambda: {(1, 2), (4, 3), (5, 6)}, np.array([[2, 1], [4, 3], [7, 8]]))
     assert (told["planted"], told["found"], told["false"]) == (3, 2, 1)
+
+
+def test_pictures_are_as_large_as_asked_and_still_pictures():
+    pixels = np.full((48, 64, 3), 7, np.uint8)
+    small, large = memory.jpeg(pixels, 0), memory.jpeg(pixels, 300_000)
+    assert len(small) < 1000 and 300_000 <= len(large) < 370_000
+    np.testing.assert_array_equal(memory.Means.preprocess(large)[0], memory.Means.preprocess(small)[0])
+
+
+def test_the_same_tars_come_in_many_names_and_are_counted(tmp_path):
+    inputs = memory.make_inputs(tmp_path, 1 << 20, (1000, 2000))
+    assert [len(list(folder.iterdir())) for folder, _ in inputs.values()] == [4, 16, 1, 17]
+    for folder, pairs in inputs.values():
+        names = []
+        for path in folder.iterdir():
+            with tarfile.open(path) as tar:
+                names += tar.getnames()
+        assert len(names) == 2 * pairs
+    (_, eighth), (_, half), (_, one), (_, all_) = inputs.values()
+    assert half == 4 * eighth and all_ == half + one
+
+
+def test_memory_of_children_counts():
+    held = "import time; x = bytearray(50_000_000); print(1, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert child.pid in memory.family(os.getpid())
+        assert 50_000_000 < memory.own_bytes(child.pid) < 80_000_000
+        child.kill()
