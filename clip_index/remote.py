@@ -10,6 +10,7 @@ import errno
 import functools
 import io
 import random
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,7 @@ from clip_index.types import ClipIndexError
 
 Result = TypeVar("Result")
 
+_URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 _PATIENCE_S = 60.0
 """How long a store may go on failing; its own client has tried some times before each of our attempts."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 8.0
@@ -44,6 +46,11 @@ _PASSING_KINDS = {
 
 class ShortRead(OSError):
     """A store gave fewer bytes than the object has."""
+
+
+def is_url(path: str) -> bool:
+    """Whether a path names a protocol, as `s3://bucket` does."""
+    return "://" in path and _URL.match(path) is not None
 
 
 def filesystem(path: str) -> tuple[Any, str]:

@@ -28,7 +28,7 @@ class Room(NamedTuple):
 
 ROOMS = {
     "types": Room("types _version", top="numpy"),
-    "storage": Room("storage remote listing", top="types", late="fsspec braceexpand"),
+    "storage": Room("storage remote listing spool", top="types", late="fsspec braceexpand"),
     "locations": Room("locations", top="types storage"),
     "store": Room("store markers shard_writer verify columns", top="types storage numpy", late="pyarrow"),
     "readers": Room("readers", top="types storage", late="pyarrow"),
