@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from tiny_clip import TINY_MIXER, TINY_RESNET, TINY_VIT, random_model
 
 from clip_index import gates
+from clip_index.cli import main
 from clip_index.clip.int8 import Int8Linear, Levels, Range, can_int8, pack_int8, to_bytes
 from clip_index.clip.loading import save_checkpoint
 from clip_index.encoders import load_encoder, precisions
@@ -84,6 +86,20 @@ def test_models_that_have_int8(tmp_path, checkpoint):
         with pytest.raises(UsageError, match=r"int8 is for transformers, and .* has another architecture"):
             load_encoder(folder, device="cpu", precision="int8")
         assert "int8" not in {row.preset for row in gates.check(folder, device="cpu", number=4)}
+
+
+@needs_int8
+def test_the_command(tmp_path, checkpoint):
+    (tmp_path / "texts").mkdir()
+    for n, caption in enumerate(CAPTIONS[2:]):
+        (tmp_path / "texts" / f"{n}.txt").write_text(caption)
+    words = ["embed", str(tmp_path / "texts"), str(tmp_path / "out"), "--model", checkpoint, "--devices", "cpu"]
+    assert main([*words, "--precision", "int8"]) == 0
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["precision"] == "int8"
+    (vectors,) = (np.load(path) for path in (tmp_path / "out" / "text_emb").iterdir())
+    exact = load_encoder(checkpoint, device="cpu", precision="fp32").encode_text(CAPTIONS[2:])
+    assert cosines(vectors.astype(np.float32), exact).min() > 0.99
+    assert main([*words, "--precision", "bf16"]) == 2  # presets never mix
 
 
 def test_devices_that_have_int8(monkeypatch):
