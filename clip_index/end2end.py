@@ -39,9 +39,9 @@ def end2end(
     model: str = "mini",
     modality: Literal["auto", "image", "text", "image,text"] = "auto",
     devices: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto",
     decode: Literal["exact", "fast"] = "exact",
-    batch_size: int = 32,
+    batch_size: int | None = None,
     max_failure_rate: float = 0.5,
     update: bool = False,
     memory: str = "4G",
@@ -66,9 +66,9 @@ def end2end(
         model: what embeds; `clip-index models` lists the names
         modality: what is embedded; auto takes what the input has
         devices: where the model runs, a worker each: cpu, cpu*4, cuda, cuda:0,cuda:1; auto takes every GPU
-        precision: the number format that the model computes in
+        precision: the number format that the model computes in; int8 is for CLIP on CPUs and is never auto
         decode: fast shrinks large JPEGs while it decodes them; `clip-index models --check` says what it costs
-        batch_size: samples that go through the model at once
+        batch_size: samples that go through the model at once; by itself 32 on a CPU, 256 on a GPU
         max_failure_rate: stop when a larger share of the downloaded pictures cannot be embedded
         update: embed shards again whose input has changed
         memory: what building the index may take in memory, such as 500M or 4G

@@ -89,6 +89,8 @@ def _export_model(model: str, folder: str, precision: str, json: bool) -> None:
 
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UsageError(f"{folder} is there already: name a new or an empty folder")
+    if model == "mini":
+        raise UsageError("mini is no CLIP model, and has no ONNX form: name a checkpoint, such as ViT-B-32/openai")
     loaded, preprocess = load_model(model)
     pictures, captions = gates.sample(_PAIRS)
     pixels = [preprocess(picture)[0][None] for picture in pictures]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from PIL import Image
 from test_render import Terminal
 
 from clip_index import cli, query
+from clip_index.build import build_index
+from clip_index.end2end import end2end
 from clip_index.types import Hit
 
 
@@ -199,3 +202,17 @@ def test_the_module_runs_as_a_program():
     result = subprocess.run([sys.executable, "-m", "clip_index", "qurey"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "clip-index: unknown command 'qurey': did you mean clip-index query?\n"
+
+
+def test_a_flag_means_the_same_in_end2end_as_in_the_command_of_its_step():
+    flags = inspect.signature(end2end).parameters
+    for command in (cli.embed, build_index):
+        for name, flag in inspect.signature(command).parameters.items():
+            if name in flags and name != "modality" and flag.kind is flag.KEYWORD_ONLY:
+                assert (flags[name].annotation, flags[name].default) == (flag.annotation, flag.default), name
+    assert {"model", "precision", "decode", "batch_size", "memory", "recall_target"} <= flags.keys()
+
+
+def test_mini_has_no_onnx_form(tmp_path, capsys):
+    assert cli.main(["export", "mini", str(tmp_path / "out")]) == 2
+    assert "mini is no CLIP model" in capsys.readouterr().err
