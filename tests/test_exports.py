@@ -169,6 +169,17 @@ def test_milvus(index, tmp_path):
         export_rows(index, str(tmp_path / "out"), "milvus")
 
 
+def test_what_milvus_refuses_is_one_line(index, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("pymilvus", reason="the extra `milvus` is not installed")
+    monkeypatch.setattr(milvus_collection, "_TEXT_BYTES", 100)
+    monkeypatch.setattr(milvus_collection, "_fitting", lambda value: value)
+    assert cli.main(["export", index, str(tmp_path / "out.db"), "--format", "milvus"]) == 1
+    said = capfd.readouterr().err
+    assert (
+        said.startswith(f"clip-index: Milvus at {tmp_path}/out.db does not take the rows: ") and said.count("\n") == 1
+    )
+
+
 def test_qdrant(index, tmp_path):
     qdrant = pytest.importorskip("qdrant_client", reason="the extra `qdrant` is not installed")
     assert export_rows(index, str(tmp_path / "out"), "qdrant", collection="mine")["notes"] == []

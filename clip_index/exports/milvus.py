@@ -1,8 +1,14 @@
-"""A collection in Milvus: a typed field for each column, a vector field and its index for each modality."""
+"""A collection in Milvus: a typed field for each column, a vector field and its index for each modality.
+
+Rows are streamed; Milvus Lite, which runs in this process, holds all of them in memory itself.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import Any
 
 from clip_index import storage
@@ -29,11 +35,10 @@ def write(rows: Rows, output: str, collection: str) -> list[str]:
     try:
         if not storage.is_url(output):
             os.makedirs(os.path.dirname(output), exist_ok=True)
-        client = MilvusClient(output)
-        try:
+        with _quiet(), closing(MilvusClient(output)) as client:
             if client.has_collection(collection):
                 raise UsageError(f"{output} has a collection {collection!r}: name another one with --collection")
-            client.create_collection(collection, **_layout(rows, names))
+            client.create_collection(collection, schema=_schema(rows, names))
             for numbers, metadata, vectors in rows.points(_ROWS_AT_ONCE):
                 points = []
                 for at, (number, values) in enumerate(zip(numbers, metadata, strict=True)):
@@ -42,8 +47,8 @@ def write(rows: Rows, output: str, collection: str) -> list[str]:
                     points.append({**point, **{f"{name}_vector": held[at] for name, held in vectors.items()}})
                 client.insert(collection, points)
             client.flush(collection)
-        finally:
-            client.close()
+            client.create_index(collection, _indices(rows, storage.is_url(output)))
+            client.load_collection(collection)
     except MilvusException as error:
         raise ClipIndexError(f"Milvus at {output} does not take the rows: {error.message}") from error
     notes = renamed(rows.columns, names)
@@ -52,8 +57,21 @@ def write(rows: Rows, output: str, collection: str) -> list[str]:
     return notes
 
 
-def _layout(rows: Rows, names: list[str]) -> dict[str, Any]:
-    """The schema and the indices of a collection."""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """pymilvus writes a traceback on stderr before it raises an error."""
+    loggers = [logging.getLogger(name) for name in ("pymilvus", "pymilvus.milvus_client")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _schema(rows: Rows, names: list[str]) -> Any:
     import pyarrow as pa
     from pymilvus import DataType, MilvusClient
 
@@ -64,11 +82,20 @@ def _layout(rows: Rows, names: list[str]) -> dict[str, Any]:
         kind = kinds.get(plain(pa.chunked_array([], rows.schema.field(old).type)).type, DataType.VARCHAR)
         longest = {"max_length": _TEXT_BYTES} if kind == DataType.VARCHAR else {}
         schema.add_field(new, kind, nullable=True, **longest)
-    indices = MilvusClient.prepare_index_params()
     for modality in rows.modalities:
         schema.add_field(f"{modality}_vector", DataType.FLOAT_VECTOR, dim=rows.dim)
-        indices.add_index(f"{modality}_vector", index_type="AUTOINDEX", metric_type="COSINE")
-    return {"schema": schema, "index_params": indices}
+    return schema
+
+
+def _indices(rows: Rows, server: bool) -> Any:
+    from pymilvus import MilvusClient
+
+    indices = MilvusClient.prepare_index_params()
+    for modality in rows.modalities:
+        # what Milvus Lite chooses for itself is a graph that takes minutes for 100,000 rows
+        kind = "AUTOINDEX" if server else "FLAT"
+        indices.add_index(f"{modality}_vector", index_type=kind, metric_type="COSINE")
+    return indices
 
 
 def _fitting(value: Any) -> Any:
