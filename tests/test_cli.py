@@ -207,8 +207,8 @@ def test_the_module_runs_as_a_program():
 
 def test_a_flag_means_the_same_in_end2end_as_in_the_command_of_its_step():
     flags = inspect.signature(end2end).parameters
-    other = {"modality", "input_format"}  # what is indexed, what is embedded; how the list of URLs is written
-    for command in (cli.embed, build_index):
+    # how the list of URLs is written; what is embedded, and by what
+    for command, other in ((cli.embed, {"input_format"}), (build_index, {"modality", "model"})):
         hints = get_type_hints(command)
         for name, flag in inspect.signature(command).parameters.items():
             if name in flags.keys() - other and flag.kind is flag.KEYWORD_ONLY:
