@@ -94,6 +94,8 @@ def _raise_lasting(path: str, error: Exception) -> NoReturn:
     if issubclass(kind, _LASTING):
         number = getattr(error, "errno", None) or _NUMBERS.get(kind, errno.EINVAL)
         raise kind(number, getattr(error, "strerror", None) or _one_line(error), path) from error
+    if isinstance(error, OSError) and not (error.errno and error.strerror):
+        raise OSError(errno.EIO, _one_line(error), path) from error
     if isinstance(error, OSError | ClipIndexError) or type(error).__module__ == "builtins":
         raise error
     raise ClipIndexError(f"cannot open {path}: {_one_line(error)}") from error  # such as no credentials

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from clip_index import remote
+from clip_index import listing, remote
 from clip_index.remote import is_url
+from clip_index.types import ClipIndexError
 
 try:
     import fcntl
@@ -25,14 +26,16 @@ except ImportError:  # Windows, where nobody removes an open file
     fcntl = None
 
 TEMPORARY = ".tmp"
+_OBJECT_STORES = ("s3://", "s3a://", "gs://", "gcs://", "az://", "abfs://", "abfss://", "hf://")
 
 
 class Spool:
     """A file being written, local and seekable at `path`; `commit` gives it its name, `discard` removes it.
 
     For a local target the temporary file lies beside it, so that the rename is atomic; for a remote one it lies in the
-    temporary folder and is uploaded whole, which object stores make visible at once. It is locked while it is written:
-    what is not was left by a process that was killed.
+    temporary folder and is uploaded whole. Object stores make that visible at once; to others, such as HDFS, it goes
+    under a temporary name, and is renamed. It is locked while it is written: what is not was left by a process that was
+    killed.
     """
 
     def __init__(self, target: str):
@@ -180,10 +183,20 @@ def _rename(path: str, target: str, replace: bool) -> bool:
 
 
 def _upload(path: str, target: str, replace: bool) -> bool:
-    def upload(fs: Any, name: str) -> bool:
-        if not replace and fs.exists(name):
-            return False
-        fs.put_file(path, name)
-        return True
+    if remote.is_web(target):
+        raise ClipIndexError(f"cannot write {target}: web servers are only read from")
+    if not replace and listing.exists(target):
+        return False
+    at_once = target.startswith(_OBJECT_STORES)
+    first = target if at_once else f"{target}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
+    remote.call(first, lambda fs, name: fs.put_file(path, name))
+    if not at_once:
+        remote.call(target, functools.partial(_rename_remote, remote.filesystem(first)[1]))
+    return True
 
-    return remote.call(target, upload)
+
+def _rename_remote(temporary: str, fs: Any, name: str) -> None:
+    if fs.exists(temporary):  # else the answer to an attempt before this one was lost
+        if fs.exists(name):  # HDFS gives no file a name that is taken
+            fs.rm_file(name)
+        fs.mv(temporary, name)

@@ -7,6 +7,7 @@ package writes gets its name when it is whole (`clip_index.spool`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import quote, unquote_to_bytes
 
 from clip_index import listing, remote
@@ -119,6 +120,13 @@ def is_unicode(name: str) -> bool:
     return True
 
 
+def _glob(url: str, fs: Any, path: str) -> list[str]:
+    """What a pattern matches, as URLs of the same protocol and host."""
+    if not url.endswith(path):
+        return [fs.unstrip_protocol(match) for match in fs.glob(path)]
+    return [url.removesuffix(path) + match for match in fs.glob(path)]
+
+
 @contextmanager
 def open_read(path: str) -> Iterator[IO[bytes]]:
     """A seekable file object, buffered and read ahead. Raises FileNotFoundError."""
@@ -218,7 +226,7 @@ def expand(pattern: str) -> list[str]:
             found.append(absolute(name))
             continue
         if is_url(name):
-            matches = remote.call(name, lambda fs, path: sorted(map(fs.unstrip_protocol, fs.glob(path))))
+            matches = sorted(remote.call(name, functools.partial(_glob, name)))
         else:
             matches = sorted(glob.glob(absolute(name), recursive=True))
         if not matches:

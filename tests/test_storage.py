@@ -184,3 +184,15 @@ def test_a_listing_of_many_pages_of_s3_is_that_of_a_folder(bucket, tmp_path, mon
     assert not storage.is_folder(f"{bucket}/pages/a b") and not storage.is_folder("s3://no-such-bucket")
     shared, name = remote.filesystem(f"{bucket}/pages")
     assert all("LastModified" in item for item in shared.find(name, detail=True).values())
+
+
+def test_a_store_that_shows_what_is_half_written_gets_files_by_a_rename(monkeypatch):
+    target, seen = "memory://test_storage_rename/file", []
+    shared = type(remote.filesystem(target)[0])
+    put_file, mv = shared.put_file, shared.mv
+    monkeypatch.setattr(shared, "put_file", lambda fs, path, name: seen.append(name) or put_file(fs, path, name))
+    monkeypatch.setattr(shared, "mv", lambda fs, name, to: seen.append(to) or mv(fs, name, to))
+    for data in (b"first", b"second"):
+        storage.write_bytes(target, data)
+        assert storage.read_bytes(target) == data and storage.list_names("memory://test_storage_rename") == ["file"]
+    assert [name.endswith(".tmp") for name in seen] == [True, False] * 2 and seen[1] == "/test_storage_rename/file"

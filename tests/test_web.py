@@ -148,6 +148,12 @@ def test_what_a_web_server_refuses_is_told_in_one_line(folder, tmp_path, capsys)
             assert error.count("\n") == 1 and f"{server.url}/{name}" in error and told in error
 
 
+def test_nothing_is_written_to_a_web_server(folder, tmp_path, capsys):
+    with WebServer(folder) as server:
+        assert main(["embed", f"{folder}/one/pictures", f"{server.url}/out"]) == 1
+    assert f"cannot write {server.url}/out/" in capsys.readouterr().err
+
+
 def test_what_has_to_be_installed_is_said(monkeypatch):
     import fsspec
 
