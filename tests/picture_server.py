@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import select
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +17,10 @@ PICTURES = sorted(SAMPLE.rglob("*.jpg"))
 
 
 class PictureServer(ThreadingHTTPServer):
-    """`/N.jpg` is a picture of the sample; `/gone`, `/text`, `/reset` fail; `late` waits for `release`."""
+    """`/N.jpg` is a picture of the sample; `/gone`, `/text`, `/reset` fail; `late` waits for `release`.
+
+    `hung_up` is set when who waits for an answer goes away.
+    """
 
     daemon_threads = True
     request_queue_size = 128
@@ -24,7 +29,7 @@ class PictureServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.asked: Counter[str] = Counter()
-        self.release = threading.Event()
+        self.release, self.hung_up = threading.Event(), threading.Event()
 
     def handle_error(self, *_: object) -> None:
         """A client that was killed is no news."""
@@ -35,8 +40,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked[self.path] += 1
-        if "late" in self.path:
-            self.server.release.wait(60)
+        while "late" in self.path and not self.server.release.wait(0.05):
+            if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                self.server.hung_up.set()
+                return
         name = self.path.strip("/").split("?")[0].split(",")[0]
         if name == "reset":
             self.connection.close()
