@@ -73,25 +73,26 @@ def load(folder: Path, shards: int) -> None:
     assert manifest.locate(manifest.rows - 1) == (shards - 1, 9999)
 
 
-def measured(function: Callable[..., None], *given: object) -> tuple[float, float]:
-    """(seconds, peak MB) of a function in a process of its own."""
+def measured(function: Callable[..., None], *given: object) -> tuple[float, float, float]:
+    """(seconds, seconds of CPU, peak MB) of a function in a process of its own."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_measure, (function, given))
 
 
-def _measure(function: Callable[..., None], given: tuple[object, ...]) -> tuple[float, float]:
-    started = time.perf_counter()
+def _measure(function: Callable[..., None], given: tuple[object, ...]) -> tuple[float, float, float]:
+    started = time.perf_counter(), time.process_time()
     function(*given)
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
     # not ru_maxrss, which a process inherits from the one that started it
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return seconds, int(peak.split()[1]) / 1024
+    return seconds, cpu, int(peak.split()[1]) / 1024
 
 
 def shards(folder: Path, count: int) -> None:
     """A plan and a manifest of so many shards."""
     make_shards(folder, count)
     for function in (plan, resume, run, finalize, load):
-        seconds, megabytes = measured(function, folder, count)
-        print(f"shards   {count:,}: {function.__name__:8} {seconds:6.1f} s, {megabytes:5.0f} MB")
+        seconds, cpu, megabytes = measured(function, folder, count)
+        told = f"{seconds:6.1f} s, {cpu:5.1f} s of CPU, {megabytes:5.0f} MB"
+        print(f"shards   {count:,}: {function.__name__:8} {told}", flush=True)

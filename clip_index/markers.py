@@ -170,7 +170,7 @@ def _listed_sizes(folder: str, kind: str, table: ShardTable, width: int) -> np.n
     path = storage.join(folder, KINDS[kind])
     before, _, after = shard_files(0, width)[kind].partition("/")[2].partition("0" * width)
     numbers, found = array("q"), array("q")
-    for name, size in storage.list_files(path) if storage.is_folder(path) else ():
+    for name, size in storage.list_sizes(path):
         number = name[len(before) : len(name) - len(after)]
         if len(number) == width and number.isdecimal() and name == f"{before}{number}{after}":
             numbers.append(int(number))

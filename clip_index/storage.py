@@ -204,6 +204,20 @@ def list_names(folder: str) -> list[str]:
         return []
 
 
+def list_sizes(folder: str) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of what lies directly in a folder, in no order; nothing where the folder does not exist."""
+    if is_url(folder):
+        with contextlib.suppress(FileNotFoundError):
+            yield from ((name, size) for name, size in listing.files(folder) if "/" not in name)
+    elif os.path.isdir(folder):
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    yield entry.name, entry.stat().st_size
+                except FileNotFoundError:
+                    continue  # another process has removed it
+
+
 def expand(pattern: str) -> list[str]:
     """The files that a path means: braces expanded (`{00000..00003}.tar`), then globs, in that order.
 

@@ -158,7 +158,8 @@ def finalize(folder: str, manifest: Manifest, inputs: Iterable[bytes] | None = N
         raise ClipIndexError(
             f"{folder} lacks {len(missing)} of {tasks} shards ({_some(missing, width)}): run embed again"
         )
-    table = table.select(places)
+    if len(table) > tasks:
+        table = table.select(places)
     if inputs is not None and any(had != wanted for had, wanted in zip(table.inputs, inputs, strict=True)):
         raise ClipIndexError(f"another run has embedded other inputs into {folder}: stop it, and run embed again")
     options = {"modalities": config.modalities, "row_bytes": config.dim * DTYPE.itemsize}

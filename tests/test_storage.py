@@ -64,6 +64,13 @@ def test_a_file_appears_whole_or_not_at_all(root):
     assert storage.read_bytes(target) == b"new" and storage.list_names(root) == ["file"]
 
 
+def test_the_sizes_of_what_lies_in_a_folder(root):
+    for name, data in (("a", b""), ("b.npy", b"xy"), ("deeper/c", b"z")):
+        storage.write_bytes(storage.join(root, "some", name), data)
+    assert {name: size for name, size in storage.list_sizes(f"{root}/some") if name != "deeper"} == {"a": 0, "b.npy": 2}
+    assert list(storage.list_sizes(f"{root}/none")) == []
+
+
 def test_patterns_expand_to_files(root):
     for name in ("0", "1", "2", "10"):
         storage.write_bytes(storage.join(root, f"{name}.tar"), b"x")
