@@ -58,10 +58,11 @@ def measure_rates(dim: int, rows_per_list: int = 256) -> Rates:
     sample, few_lists = rows[: _ROWS // 2].astype(np.float32), _ROWS // 2 // two_stage_build.SAMPLE_PER_LIST
     trained = partition.training(len(sample), few_lists) / _seconds(lambda: partition.train(sample, few_lists))
     parts = partition.Partition(rows[:_LISTS])
-    assigned = _ROWS * partition.compared(_LISTS) / _seconds(lambda: parts.assign(rows.astype(np.float32)))
     with tempfile.TemporaryDirectory(prefix="clip-index-") as folder:
         np.save(f"{folder}/given.npy", rows)
         vectors, steps = OthersVectors(folder, ["given.npy"]), Steps()
+        assigning = _seconds(lambda: [parts.assign(block) for _, block in vectors.stored_blocks(_ROWS)])
+        assigned = _ROWS * partition.compared(_LISTS) / assigning
         lists = max(4, _ROWS // rows_per_list)
         two_stage_build.build(vectors, lambda name: f"{folder}/{name}", lists, 1 << 40, steps)
         files = [f"{folder}/{name}" for name in ("index", VECTORS, ROWS)]
