@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _JUDGED_FROM = 100
 """The failure rate is judged once this many samples have been seen, or at the end."""
+_TIMED_FROM_S = 0.5
 
 
 class Progress:
@@ -50,7 +51,9 @@ class Clock:
 
     @property
     def rate(self) -> float:
-        return self._samples / (self._last - self._first) if self._samples else 0.0
+        """0 where it was too short to say."""
+        seconds = self._last - self._first
+        return self._samples / seconds if seconds >= _TIMED_FROM_S else 0.0
 
 
 class Judge:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from clip_index.embed import EmbedSummary
 from clip_index.embed_preview import Preview
 from clip_index.embed_report import duration, format_failures, format_preview, format_summary
+from clip_index.progress import Clock
 
 
 @pytest.mark.parametrize(
@@ -65,3 +68,14 @@ def test_a_preview_says_what_is_left_and_what_it_takes():
 def test_a_preview_does_not_guess_what_only_reading_tells():
     said = format_preview(preview(samples=None))
     assert "needs" not in said and "photos: samples to embed" in said
+
+
+def test_a_rate_needs_some_time(monkeypatch):
+    now = iter([10.0, 10.001, 12.0])
+    monkeypatch.setattr("clip_index.progress.time", SimpleNamespace(monotonic=lambda: next(now)))
+    clock = Clock()
+    clock.add(32)
+    clock.add(32)
+    assert clock.rate == 0
+    clock.add(36)
+    assert clock.rate == pytest.approx(34)  # what came after the first report, in two seconds
