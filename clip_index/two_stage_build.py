@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -151,10 +152,17 @@ def _assign(vectors: Vectors, parts: partition.Partition, block_rows: int) -> tu
     """(the rows in the order of the lists, int64 [rows]; how many each list has, int64 [lists])."""
     lists = len(parts.centroids)
     keys = np.empty(vectors.rows, np.int64)
-    start = 0
-    for rows, block in vectors.stored_blocks(block_rows):
+
+    def assign(start: int, rows: np.ndarray, block: np.ndarray) -> None:
         keys[start : start + len(rows)] = parts.assign(block) << _ROW_BITS | rows
-        start += len(rows)
+
+    with _threads(1) as pool:  # the next block is read meanwhile
+        start, pending = 0, pool.submit(int)
+        for rows, block in vectors.stored_blocks(block_rows):
+            pending.result()
+            pending = pool.submit(assign, start, rows, block)
+            start += len(rows)
+        pending.result()
     keys.sort()
     sizes = np.diff(np.searchsorted(keys, np.arange(lists + 1) << _ROW_BITS))
     keys &= (1 << _ROW_BITS) - 1
@@ -167,17 +175,36 @@ def _write(
     import faiss
 
     rotation, inverted = faiss.downcast_VectorTransform(index.chain.at(0)), faiss.downcast_index(index.index)
-    ends = np.cumsum(sizes)
+    ends, threads = np.cumsum(sizes), max(1, faiss.omp_get_max_threads())
+    each = -(-room.block_rows // threads)
+
+    def encode(first: int, gathered: np.ndarray) -> np.ndarray:
+        block = rotation.apply(gathered.astype(np.float32))
+        lists = np.searchsorted(ends, np.arange(first, first + len(block)), side="right")
+        codes = np.empty((len(block), inverted.code_size), np.uint8)
+        inverted.encode_vectors(len(block), *(faiss.swig_ptr(array) for array in (block, lists, codes)))
+        return codes
+
     np.save(path(ROWS), order.astype(np.uint32 if vectors.rows < 2**32 else np.int64))
-    with open(path(VECTORS), "wb") as file, InvertedFile(path("index"), index, sizes, order) as codes_file:
+    with (
+        _threads(threads) as pool,
+        open(path(VECTORS), "wb") as file,
+        InvertedFile(path("index"), index, sizes, order) as codes_file,
+    ):
         header = {"descr": "<f2", "fortran_order": False, "shape": (vectors.rows, vectors.dim)}
         np.lib.format.write_array_header_1_0(file, header)
         for first in range(0, vectors.rows, room.gathered_rows):
             gathered = vectors.take(order[first : first + room.gathered_rows], np.float16)
+            starts = range(0, len(gathered), each)
+            encoded = [pool.submit(encode, first + start, gathered[start : start + each]) for start in starts]
             file.write(gathered.data)
-            for start in range(0, len(gathered), room.block_rows):
-                block = rotation.apply(gathered[start : start + room.block_rows].astype(np.float32))
-                lists = np.searchsorted(ends, np.arange(first + start, first + start + len(block)), side="right")
-                codes = np.empty((len(block), inverted.code_size), np.uint8)
-                inverted.encode_vectors(len(block), *(faiss.swig_ptr(array) for array in (block, lists, codes)))
-                codes_file.append(codes)
+            for codes in encoded:
+                codes_file.append(codes.result())
+
+
+def _threads(count: int) -> ThreadPoolExecutor:
+    """Threads, each with its part of those that faiss may use in the calling one."""
+    import faiss
+
+    share = max(1, faiss.omp_get_max_threads() // count)
+    return ThreadPoolExecutor(count, initializer=faiss.omp_set_num_threads, initargs=(share,))
