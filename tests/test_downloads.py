@@ -133,7 +133,7 @@ def test_interrupted(server, tmp_path):
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: first.exists() and any("stoppedlate" in path for path in server.asked), process)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate()
+    _, err = process.communicate(timeout=60)
     assert server.hung_up.wait(60)
     server.release.set()
     assert process.returncode == 130 and err.splitlines()[-1] == "clip-index: interrupted"
