@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from embedding_fakes import make_embeddings, random_rows
+from test_plan import RATES
 
 from clip_index import plan
 from clip_index.cli import main
@@ -22,7 +23,7 @@ def run(capsys, *argv):
 
 
 def test_a_plan_builds_nothing(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "measure_rates", lambda dim: plan.Rates(1e11, 1e8, 1e9))
+    monkeypatch.setattr(plan, "measure_rates", lambda dim, rows_per_list: RATES)
     status, out, err = run(capsys, "build-index", "--plan", "1000000000x768", "--memory", "64G")
     assert (status, err) == (0, "")
     assert "1,000,000,000 rows of 768 dimensions" in out and "machines" in out
