@@ -77,10 +77,10 @@ ROOMS = {
     "show": Room("render terminal sheet thumbnails", top="types storage", late="preprocess PIL"),
     "cli": Room(
         "__init__ __main__ cli build download download_report end2end query filter dedup change "
-        "convert export embed_report command arguments front_door "
-        "console",
+        "convert export embed_report command arguments front_door console",
         top="_version download_options",
-        late="types storage locations store readers clip encoders gates embed index search life download show demo fire",
+        late="types storage locations store readers clip encoders gates embed index search life download show "
+        "demo fire",
     ),
     "demo": Room("demo", top="cli storage show", late="readers embed index search"),
 }
