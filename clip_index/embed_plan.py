@@ -41,6 +41,7 @@ class EmbedPlan:
         open_[self.done.ids // self.rank.world] = False
         return Tasks(self.tasks.__getitem__, array("q", np.flatnonzero(open_).astype(np.int64).tobytes()))
 
+
 _BATCH_SIZES = {"cpu": 32, "cuda": 256}
 
 
