@@ -44,12 +44,13 @@ class EmbedSummary:
     world: int = 1
 
 
-def _run(plan: EmbedPlan, report: executors.Report) -> Iterator[Shard | spark.Made | executors.Lost]:
+def _run(plan: EmbedPlan, report: executors.Report, bar: Progress) -> Iterator[Shard | spark.Made | executors.Lost]:
     if plan.executor == "spark":
         return spark.run_in_spark(plan.todo, plan.job, report)
     if len(plan.devices) == 1:
         return executors.run_in_process(plan.todo, plan.job.run, report)
-    return executors.run_in_processes(plan.todo, [replace(plan.job, device=name) for name in plan.devices], report)
+    jobs = [replace(plan.job, device=name) for name in plan.devices]
+    return executors.run_in_processes(plan.todo, jobs, report, bar.by_device)
 
 
 def embed(
@@ -99,7 +100,7 @@ def embed(
         new_rows = new_failed = 0
         with_failures = plan.done.ids[plan.done.failed > 0].tolist()
         lost: list[executors.Lost] = []
-        for shard in _run(plan, report):
+        for shard in _run(plan, report, bar):
             if isinstance(shard, executors.Lost):
                 lost.append(shard)
                 continue

@@ -123,8 +123,15 @@ class _Worker:
     alone: bool = False
 
 
-def run_in_processes(tasks: Iterable[Task], jobs: list[Job[Result]], report: Report) -> Iterator[Result | Lost]:
+def run_in_processes(
+    tasks: Iterable[Task],
+    jobs: list[Job[Result]],
+    report: Report,
+    by_worker: Callable[[int, int], None] = lambda worker, samples: None,
+) -> Iterator[Result | Lost]:
     """Run every task on a pool of spawned processes, one for each (picklable) job. Yields results as they come.
+
+    `by_worker` is told which of them has done so many samples more.
 
     Tasks are handed out when a process has room, so none waits behind a slow one. A process that dies is replaced; its
     tasks are tried again, alone, and given up as `Lost` after three deaths. A ClipIndexError ends the run.
@@ -150,6 +157,7 @@ def run_in_processes(tasks: Iterable[Task], jobs: list[Job[Result]], report: Rep
                         if kind == "report":
                             worker.reported.update({(task, "rows"): value[0], (task, "failed"): value[1]})
                             report(*value)
+                            by_worker(position, sum(value))
                         elif kind == "error":
                             raise ClipIndexError(value)
                         elif kind == "crash":

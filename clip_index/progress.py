@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 _JUDGED_FROM = 100
 """The failure rate is judged once this many samples have been seen, or at the end."""
 _TIMED_FROM_S = 0.5
+_NAMED = 4
 
 
 class Progress:
@@ -30,6 +31,9 @@ class Progress:
 
     def add(self, rows: int, failed: int) -> None:
         """So many rows and failures more."""
+
+    def by_device(self, device: int, samples: int) -> None:
+        """So many samples of those came from one of several devices of the plan."""
 
     def shard_done(self, rows: int, shards: int) -> None:
         """So many samples are now in so many finished shards."""
@@ -98,15 +102,17 @@ class Bar(Progress):
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
         )
-        self._show_failed()
+        self._clocks = [Clock() for _ in plan.devices]
+        self._show_state()
 
     def _total(self) -> int | None:
         if self._known is not None:
             return self._known
         return round(self._rows_per_shard * len(self.plan.tasks)) if self._rows_per_shard else None
 
-    def _show_failed(self) -> None:
-        self._bar.set_postfix_str(f"{self._failed} failed", refresh=False)
+    def _show_state(self) -> None:
+        rates = format_rates(self.plan.devices, [clock.rate for clock in self._clocks])
+        self._bar.set_postfix_str(", ".join([f"{self._failed} failed", *rates]), refresh=False)
 
     def __enter__(self) -> Bar:
         return self
@@ -118,7 +124,7 @@ class Bar(Progress):
         """So many rows and failures more."""
         if failed:
             self._failed += failed
-            self._show_failed()
+            self._show_state()
         self._bar.update(rows + failed)
 
     def shard_done(self, rows: int, shards: int) -> None:
@@ -126,3 +132,18 @@ class Bar(Progress):
         if self._known is None and shards:
             self._rows_per_shard = rows / shards
             self._bar.total = max(self._total() or 0, self._bar.n)
+
+    def by_device(self, device: int, samples: int) -> None:
+        """So many samples of those came from one of several devices of the plan."""
+        self._clocks[device].add(samples)
+        self._show_state()
+
+
+def format_rates(devices: list[str], rates: list[float]) -> list[str]:
+    """Samples a second of each of several devices, once all are known; of many the fastest and the slowest."""
+    if not all(rates):
+        return []
+    if len(devices) <= _NAMED:
+        return [f"{device} {rate:,.0f}/s" for device, rate in zip(devices, rates, strict=True)]
+    slowest, fastest = (rates.index(edge(rates)) for edge in (min, max))
+    return [f"{devices[slowest]} {rates[slowest]:,.0f}/s to {devices[fastest]} {rates[fastest]:,.0f}/s"]

@@ -9,7 +9,7 @@ import pytest
 from clip_index.embed import EmbedSummary
 from clip_index.embed_preview import Preview
 from clip_index.embed_report import duration, format_failures, format_preview, format_summary
-from clip_index.progress import Clock
+from clip_index.progress import Clock, format_rates
 
 
 @pytest.mark.parametrize(
@@ -79,3 +79,11 @@ def test_a_rate_needs_some_time(monkeypatch):
     assert clock.rate == 0
     clock.add(36)
     assert clock.rate == pytest.approx(34)  # what came after the first report, in two seconds
+
+
+def test_rates_by_device():
+    assert format_rates(["cuda:0", "cuda:1"], [2310.4, 1999.6]) == ["cuda:0 2,310/s", "cuda:1 2,000/s"]
+    assert format_rates(["cuda:0", "cuda:1"], [2310.4, 0.0]) == []  # one has only begun
+    many = [f"cuda:{number}" for number in range(8)]
+    rates = [90.0, 80.0, 20.0, 85.0, 99.0, 70.0, 60.0, 50.0]
+    assert format_rates(many, rates) == ["cuda:2 20/s to cuda:4 99/s"]

@@ -131,9 +131,12 @@ def attempts(folder: Path) -> Counter:
 
 def test_processes_share_the_tasks(tmp_path):
     jobs = [Writes(str(tmp_path), name=name) for name in "ab"]
-    results = list(run_in_processes(tasks(30), jobs, ignore))
+    samples = Counter()
+    results = list(run_in_processes(tasks(30), jobs, ignore, lambda worker, count: samples.update({worker: count})))
     assert sorted(number for number, _ in results) == list(range(30))
     assert {name for _, name in results} == {"a", "b"}
+    done = Counter(name for _, name in results)
+    assert samples == {0: 3 * done["a"], 1: 3 * done["b"]}  # each task reports two rows and a failure
     assert set(attempts(tmp_path).values()) == {1}
 
 
