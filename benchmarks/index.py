@@ -136,23 +136,24 @@ def build_ours(folder: Path, scratch: str, options: argparse.Namespace) -> Built
     )
 
 
-def build_autofaiss(folder: Path, scratch: str, options: argparse.Namespace) -> Built:
-    """autofaiss with the memory that the command takes by default, or with that of our codes."""
+def written(index: Any, scratch: str) -> Built:
+    """A faiss index that is written, and searched as it is."""
     import faiss
 
+    path = f"{scratch}/knn.index"
+    faiss.write_index(index, path)
+    return lambda queries, _: index.search(queries, K), [path], os.path.getsize(path)
+
+
+def build_autofaiss(folder: Path, scratch: str, options: argparse.Namespace) -> Built:
+    """autofaiss with the memory that the command takes by default, or with that of our codes."""
     from clip_index import autofaiss_compat
 
     vectors = open_vectors(folder)
     memory = 4 << 30 if options.one == "autofaiss" else int(1.25 * options.same_bytes * vectors.rows)
     index, key, parameters = autofaiss_compat.build(vectors.path, index_key=None, memory=memory, available=4 << 30)
     print(f"  {options.one}: {key} {parameters}", file=sys.stderr)
-    path = f"{scratch}/knn.index"
-    faiss.write_index(index, path)
-    return (
-        lambda queries, _: index.search(queries, K),
-        [f"{scratch}/knn.index"],
-        os.path.getsize(f"{scratch}/knn.index"),
-    )
+    return written(index, scratch)
 
 
 def build_faiss(folder: Path, scratch: str, options: argparse.Namespace) -> Built:
@@ -167,13 +168,7 @@ def build_faiss(folder: Path, scratch: str, options: argparse.Namespace) -> Buil
         index.hnsw.efSearch = 256
     for _, block in vectors.blocks():
         index.add(block)
-    path = f"{scratch}/knn.index"
-    faiss.write_index(index, path)
-    return (
-        lambda queries, _: index.search(queries, K),
-        [f"{scratch}/knn.index"],
-        os.path.getsize(f"{scratch}/knn.index"),
-    )
+    return written(index, scratch)
 
 
 def build_script(folder: Path, scratch: str, options: argparse.Namespace) -> Built:
