@@ -13,10 +13,8 @@ import json
 import os
 import re
 import resource
-import shutil
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -182,13 +180,7 @@ def _copy_metadata(source: Source, writer: IndexWriter) -> Metadata:
     else:
         write_keys(source.rows, path)
     for name in source.tables:
-        original, target = storage.join(source.folder, *name.split("/")), writer.path(f"metadata/{name.split('/')[-1]}")
-        if not storage.is_url(original):
-            with suppress(OSError):  # another file system, or one without links
-                os.link(original, target)
-                continue
-        with storage.open_read(original) as read, open(target, "wb") as written:
-            shutil.copyfileobj(read, written, 4 << 20)
+        writer.carry(storage.join(source.folder, *name.split("/")), f"metadata/{name.split('/')[-1]}")
     return Metadata(path)
 
 

@@ -74,6 +74,15 @@ class IndexWriter:
         with _writing(self.folder), open(self.path(name), "wb") as file:
             file.write(data)
 
+    def carry(self, source: str, name: str) -> None:
+        """Have a file from elsewhere as `name`: the same file by another name where that is possible, else a copy."""
+        if not storage.is_url(source):
+            with contextlib.suppress(OSError):  # another file system, or one without links
+                os.link(source, self.path(name))
+                return
+        with storage.open_read(source) as read, open(self.path(name), "wb") as written:
+            shutil.copyfileobj(read, written, 4 << 20)
+
     def commit(
         self, config: EmbeddingConfig, *, rows: int, embeddings: str, embeddings_digest: str, search: dict[str, Any]
     ) -> Marker:

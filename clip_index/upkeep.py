@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -63,7 +62,7 @@ def delete(
         if told["deleted"]:
             for name in marker.files:
                 if name != DELETED:
-                    _carry(folder, name, writer.path(name))
+                    writer.carry(folder.find(name), name)
             np.save(writer.path(DELETED), np.flatnonzero(gone))
             _commit_as(writer, marker)
     return told
@@ -222,17 +221,6 @@ def _rows_of(metadata: Metadata, keys: Sequence[str]) -> np.ndarray:
         others = f", nor {len(absent) - 1} more" if len(absent) > 1 else ""
         raise UsageError(f"no row has the key {absent[0].as_py()!r}{others}: nothing is deleted")
     return np.flatnonzero(pc.is_in(held, value_set=wanted).to_numpy())
-
-
-def _carry(folder: IndexFolder, name: str, target: str) -> None:
-    """Have a file of the old index in the new one: the same file by another name where that is possible."""
-    source = folder.find(name)
-    if not storage.is_url(source):
-        with suppress(OSError):  # another file system, or one without links
-            os.link(source, target)
-            return
-    with storage.open_read(source) as read, open(target, "wb") as written:
-        shutil.copyfileobj(read, written, 4 << 20)
 
 
 def _commit_as(writer: IndexWriter, marker: Marker) -> None:

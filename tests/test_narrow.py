@@ -14,18 +14,12 @@ from clip_index.index import build_index
 from clip_index.search import Searcher
 from clip_index.types import UsageError, normalize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 pytestmark = pytest.mark.filterwarnings("ignore:'pipes' is deprecated:DeprecationWarning")  # fire imports it
 COUNT = 2000
 KEYS = ("SQfp16", "IVF32,RaBitQ", "HNSW16", "IVF32,SQ8")
 WIDTHS = [100 + (37 * row) % 1000 for row in range(COUNT)]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -6,13 +6,7 @@ import pytest
 
 from clip_index.partition import Partition, share, train
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def clusters(count, dim=8, centres=50, seed=0):

@@ -9,6 +9,8 @@ from clip_index import selection
 from clip_index.selection import Selection, compare, plan, search_among
 from clip_index.vectors import Vectors
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 COUNT = 3000
 
 
@@ -26,14 +28,6 @@ class Lists:
         self.calls.append((len(queries), k, selector is not None, widen))
         nprobe = 64 if widen == np.inf else min(64, int(self.nprobe * widen))
         return self.index.search(queries, k, params=faiss.SearchParametersIVF(sel=selector, nprobe=nprobe))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
